@@ -1,0 +1,151 @@
+"""Self-attention of the UNet, the score it gives each token, and the recorder of that score."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from guided_diffusion.nn import GroupNorm32, zero_module
+
+Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def split_legacy(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [N, 3·C, T] that is ordered head by head (IDDPM, most of ADM) into q, k, v of [N, heads, T, C/heads]."""
+    n, width, tokens = qkv.shape
+    return qkv.reshape(n, num_heads, 3, width // (3 * num_heads), tokens).transpose(-1, -2).unbind(2)
+
+
+def split_new(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [N, 3·C, T] that holds all q, then all k, then all v (ADM 64²) into q, k, v of [N, heads, T, C/heads]."""
+    n, width, tokens = qkv.shape
+    return qkv.reshape(n, 3, num_heads, width // (3 * num_heads), tokens).transpose(-1, -2).unbind(1)
+
+
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) over keys, in float32: [..., T, d] twice to [..., T queries, T keys]."""
+    logits = q.float() @ k.float().transpose(-1, -2)
+    return (logits * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+def attention_score(q: Tensor, k: Tensor) -> Tensor:
+    """The attention each token receives: sum over queries, mean over heads (Hong et al., Eq. 11 and Alg. 1).
+
+    q, k: [N, heads, T, d]. Returns [N, T] float32, at least 0; its mean over tokens is 1.
+    Only one head's map exists at a time.
+    """
+    heads = q.shape[1]
+    score = attention_map(q[:, 0], k[:, 0]).sum(dim=1)
+    for head in range(1, heads):
+        score += attention_map(q[:, head], k[:, head]).sum(dim=1)
+    return score / heads
+
+
+class QKVAttention(nn.Module):
+    """Attention over tokens: [N, 3·C, T] to [N, C, T]. Holds no parameters; knows how its qkv is ordered."""
+
+    def __init__(self, num_heads: int, new_order: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.new_order = new_order
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (split_new if self.new_order else split_legacy)(qkv, self.num_heads)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.split(qkv)).transpose(-1, -2).flatten(1, 2)
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over the pixels of a feature map: [N, C, H, W] to the same shape."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ):
+        super().__init__()
+        if num_head_channels != -1:
+            if channels % num_head_channels:
+                raise ValueError(f"num_head_channels: {num_head_channels} does not divide {channels} channels")
+            num_heads = channels // num_head_channels
+        elif channels % num_heads:
+            raise ValueError(f"num_heads: {num_heads} does not divide {channels} channels")
+        self.use_checkpoint = use_checkpoint
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.attention = QKVAttention(num_heads, new_order=use_new_attention_order)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        return (tokens + self.proj_out(self.attention(self.qkv(self.norm(tokens))))).reshape(x.shape)
+
+
+class AttentionPool2d(nn.Module):
+    """CLIP's pooling: a mean token attends to all pixels; [N, C, S, S] to [N, out]."""
+
+    def __init__(self, side: int, channels: int, num_head_channels: int, out_channels: int):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+        self.attention = QKVAttention(channels // num_head_channels, new_order=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)
+        tokens = tokens + self.positional_embedding.to(tokens.dtype)
+        return self.c_proj(self.attention(self.qkv_proj(tokens)))[:, :, 0]
+
+
+def attention_blocks(network: nn.Module) -> dict[str, AttentionBlock]:
+    """Every attention block of `network` by its module name (`input_blocks.8.1`, `middle_block.1`, …)."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, AttentionBlock)}
+
+
+def find_block(network: nn.Module, name: str) -> AttentionBlock:
+    """The attention block called `name`; a ValueError lists the right names if there is none."""
+    blocks = attention_blocks(network)
+    if name not in blocks:
+        raise ValueError(f"no attention block {name!r} in this network; it has: {', '.join(blocks) or 'none'}")
+    return blocks[name]
+
+
+@contextmanager
+def record_attention(*blocks: AttentionBlock, split: Split | None = None) -> Iterator[dict[AttentionBlock, Tensor]]:
+    """Record the attention score of `blocks` during the network calls made inside the `with`.
+
+    Yields a dict that each call of a block fills with its score: [N, T] float32, mean 1 (`attention_score`).
+    The network's output is not changed, and fused attention stays in use. The hooks are removed on leaving,
+    also by an exception. `split` reads q, k, v from [N, 3·C, T] in another way than the block itself does.
+    """
+    scores: dict[AttentionBlock, Tensor] = {}
+
+    def hook_of(block: AttentionBlock):
+        def hook(attention: QKVAttention, inputs: tuple[Tensor], _output: Tensor) -> None:
+            with torch.no_grad():
+                q, k, _ = (split or attention.split)(inputs[0])
+                scores[block] = attention_score(q, k)
+
+        return hook
+
+    handles = []
+    try:
+        for block in blocks:
+            handles.append(block.attention.register_forward_hook(hook_of(block)))
+        yield scores
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,230 @@
+"""Settings as frozen dataclasses: one field = one key of a YAML file = one flag of a script."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import blobfile as bf
+import yaml
+
+NUM_CLASSES = 1000
+
+
+def option(default: Any, help: str, path: bool = False) -> Any:
+    """A dataclass field with the help text of its flag; path: a file to read, in a YAML file relative to that file."""
+    return dataclasses.field(default=default, metadata={"help": help, "path": path})
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """network (as the checkpoint was trained)"""
+
+    image_size: int = option(64, "side of the images in pixels")
+    num_channels: int = option(128, "channels of the first level")
+    num_res_blocks: int = option(2, "residual blocks per level")
+    num_heads: int = option(4, "attention heads, where num_head_channels is -1")
+    num_heads_upsample: int = option(-1, "attention heads of the upward path; -1: as num_heads")
+    num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads")
+    attention_resolutions: str = option("16,8", "sides of the feature maps that get attention")
+    channel_mult: str = option("", "widths of the levels in units of num_channels, like 1,2,2; empty: by image_size")
+    dropout: float = option(0.0, "dropout of the residual blocks")
+    class_cond: bool = option(False, "the network takes class labels")
+    num_classes: int = option(NUM_CLASSES, "number of classes, where class_cond")
+    null_label: bool = option(False, "the network has one more label, which stands for no class")
+    use_checkpoint: bool = option(False, "recompute activations in training to save memory")
+    use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
+    resblock_updown: bool = option(False, "residual blocks resample, not plain convolutions")
+    use_fp16: bool = option(False, "half precision on a GPU")
+    use_new_attention_order: bool = option(False, "q, k, v are stored one after the other (no shape shows it)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """diffusion (as the checkpoint was trained, but for the respacing)"""
+
+    learn_sigma: bool = option(False, "the network also predicts the variance Σ")
+    diffusion_steps: int = option(1000, "steps T of the training process")
+    noise_schedule: str = option("linear", "linear or cosine")
+    timestep_respacing: str = option("", "steps to sample with: 250, 10,15,20 (by thirds), or ddim25; empty: all")
+    use_kl: bool = option(False, "train the variational bound")
+    predict_xstart: bool = option(False, "the network predicts x_0, not ε")
+    rescale_timesteps: bool = option(False, "the network sees timesteps scaled to [0, 1000)")
+    rescale_learned_sigmas: bool = option(False, "train the bound scaled by T/1000 beside the MSE")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """noisy-image classifier (as its checkpoint was trained)"""
+
+    classifier_use_fp16: bool = option(False, "half precision on a GPU")
+    classifier_width: int = option(128, "channels of the first level")
+    classifier_depth: int = option(2, "residual blocks per level")
+    classifier_attention_resolutions: str = option("32,16,8", "sides of the feature maps that get attention")
+    classifier_use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
+    classifier_resblock_updown: bool = option(True, "residual blocks resample, not plain convolutions")
+    classifier_pool: str = option("attention", "head: adaptive, attention, spatial or spatial_v2")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceConfig:
+    """self-attention guidance: ε̃ = ε(x_t) + s (ε(x_t) − ε(x̂_t)), x̂_t = x_t blurred where the network attends"""
+
+    guide_scale: float = option(1.0, "1 + s: the strength as the authors' code counts it; 1 = off")
+    sag_scale: float | None = option(None, "s: the strength as the paper counts it, instead of guide_scale; 0 = off")
+    sag_block: str = option("", "block whose attention makes the mask, like output_blocks.8.1 (the paper's Out.8)")
+    sel_attn_block: str = option("output", "the authors' way to name the block: input, middle or output")
+    sel_attn_depth: int = option(8, "and its number, where sag_block is not given")
+    sag_threshold: float = option(1.0, "ψ: blurred is what gets more attention than ψ times the mean")
+    blur_sigma: float = option(3.0, "σ of the Gaussian blur in pixels; 0 = none, inf = the mean pixel")
+    blur_kernel: int | None = option(None, "odd width of the blur's window in pixels; default ⌈3σ⌉ to each side")
+    guide_start: int = option(250, "guide while t < this, t in respaced steps (the authors' flag); 0 = never")
+    guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, as lo,hi; 1 is noise, 0 the image")
+    guide_every: int = option(1, "compute the guidance every so many guided steps, and use it again between")
+    fidelity: str = option("corrected", "corrected: as the paper; reference: as the authors' code computes")
+
+    def __post_init__(self):
+        if self.sag_scale is not None and self.guide_scale != 1:
+            raise ValueError("sag_scale, guide_scale: two names of one strength (guide_scale = 1 + s); give one")
+        for name in ("guide_scale", "sag_threshold"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: wanted a finite number, got {getattr(self, name)}")
+        if self.sel_attn_block not in ("input", "middle", "output"):
+            raise ValueError(f"sel_attn_block: wanted input, middle or output, got {self.sel_attn_block!r}")
+        if self.fidelity not in ("corrected", "reference"):
+            raise ValueError(f"fidelity: wanted corrected or reference, got {self.fidelity!r}")
+
+    @property
+    def scale(self) -> float:
+        """The paper's s."""
+        return self.guide_scale - 1 if self.sag_scale is None else self.sag_scale
+
+    @property
+    def block_name(self) -> str:
+        """The chosen attention block as a module name."""
+        if self.sag_block:
+            return self.sag_block
+        return (
+            "middle_block.1"
+            if self.sel_attn_block == "middle"
+            else (f"{self.sel_attn_block}_blocks.{self.sel_attn_depth}.1")
+        )
+
+
+def parse_value(text: Any, kind: Any, key: str) -> Any:
+    """The value of one setting from a flag's text or a YAML scalar, as the field's type `kind` wants it."""
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        if text is None or text == "":
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        word = str(text).lower()
+        if word in words:
+            return words[word]
+        raise ValueError(f"{key}: wanted True or False, got {text!r}")
+    if isinstance(text, (list, dict)) or text is None or (isinstance(text, bool) and kind is not str):
+        raise ValueError(f"{key}: wanted {kind.__name__}, got {text!r}")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{key}: wanted {kind.__name__}, got {text!r}") from None
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The keys and values of a configuration file; a ValueError says what is wrong with it."""
+    try:
+        with bf.BlobFile(path, "r") as file:
+            values = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, bf.Error) as error:
+        raise ValueError(f"--config {path}: cannot be read ({type(error).__name__})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: wanted lines of key: value")
+    return values
+
+
+def _fields(groups: tuple[type, ...]) -> dict[str, tuple[dataclasses.Field, Any]]:
+    found = {}
+    for group in groups:
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            found[field.name] = (field, hints[field.name])
+    return found
+
+
+def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]]) -> list[Any]:
+    """An instance of every dataclass in `groups` from layers (source, {key: value}), the later one winning.
+
+    A ValueError names the source and the key that is unknown, and the nearest right one.
+    """
+    fields = _fields(groups)
+    values = {}
+    for source, layer in layers:
+        for key, value in layer.items():
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                raise ValueError(f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            values[key] = parse_value(value, fields[key][1], f"{source}: {key}")
+    return [
+        group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
+        for group in groups
+    ]
+
+
+def parse_args(description: str, groups: tuple[type, ...], argv: list[str] | None = None) -> list[Any]:
+    """Command line to one instance of every dataclass in `groups`: defaults < `--config` file < flags."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, one `flag: value` a line; flags win")
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__)
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            is_bool = bool in (hints[field.name], *typing.get_args(hints[field.name]))
+            shown = "" if field.default in ("", None) else f" (default: {field.default})"
+            section.add_argument(
+                f"--{field.name}",
+                default=argparse.SUPPRESS,
+                metavar="BOOL" if is_bool else field.name.rpartition("_")[2].upper(),
+                help=field.metadata["help"].replace("%", "%%") + shown,
+                **({"nargs": "?", "const": "True"} if is_bool else {}),
+            )
+    flags = vars(parser.parse_args(argv))
+    config = flags.pop("config", None)
+    with exit_on_bad_input():
+        layers = [("command line", flags)]
+        if config:
+            layers.insert(0, (f"--config {config}", _from_folder(bf.dirname(config), read_yaml(config), groups)))
+        return merge(groups, *layers)
+
+
+def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Any]:
+    """The values of a configuration file with its relative paths taken from the file's folder."""
+    paths = {name for name, (field, _) in _fields(groups).items() if field.metadata["path"]}
+    return {
+        key: bf.join(os.path.abspath(folder) if "://" not in folder else folder, value)
+        if key in paths and value and "://" not in str(value)
+        else value
+        for key, value in values.items()
+    }
+
+
+@contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """Turn a ValueError or OSError inside into one line on stderr and exit status 2: for what the user gave."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None

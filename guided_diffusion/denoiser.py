@@ -1,0 +1,151 @@
+"""A denoiser turns (x_t, t, condition) into a Prediction; here is the one made of a network."""
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from guided_diffusion.process import ForwardProcess
+
+Condition = Mapping[str, Tensor]
+"""What the network is conditioned on, by argument name (`y`, `low_res`), rows first; empty: nothing."""
+
+
+class ModelMeanType(enum.Enum):
+    """What the network's first channels predict."""
+
+    PREVIOUS_X = enum.auto()
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+
+
+class ModelVarType(enum.Enum):
+    """Where the variance of p(x_{t−1} | x_t) comes from."""
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+    @property
+    def learned(self) -> bool:
+        return self in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+
+def _unrestricted(x0: Tensor) -> Tensor:
+    return x0
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the network believes at (x_t, t, condition); all of x_t's shape [N, C, H, W], t [N] int64."""
+
+    process: ForwardProcess
+    x_t: Tensor
+    t: Tensor
+    condition: Condition
+    eps: Tensor
+    raw_x0: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    restrict: Callable[[Tensor], Tensor] = _unrestricted
+    """What makes x̂_0 of the raw one: the user's denoised_fn and the clamp to [−1, 1]."""
+    network_mean: Tensor | None = None
+    """The posterior mean itself, where the network predicts x_{t−1}."""
+    log_prob_grad: Tensor | None = None
+    """scale · ∇ log p(y | x_t) of a classifier; every sampler applies it in its own way."""
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """x̂_0 after denoised_fn and clamp."""
+        return self.restrict(self.raw_x0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of p(x_{t−1} | x_t), before any classifier's shift."""
+        if self.network_mean is not None:
+            return self.network_mean
+        return self.process.q_posterior_mean(self.x0, self.x_t, self.t)
+
+    def with_eps(self, eps: Tensor) -> "Prediction":
+        """The same belief with another ε: x̂_0 and the mean follow it; where ᾱ = 0, x̂_0 is kept."""
+        defined = self.process.at("alphas_cumprod", self.t, self.x_t) > 0
+        raw_x0 = torch.where(defined, self.process.x0_from_eps(self.x_t, self.t, eps), self.raw_x0)
+        mean = None if self.network_mean is None else self.process.q_posterior_mean(raw_x0, self.x_t, self.t)
+        return replace(self, eps=eps, raw_x0=raw_x0, network_mean=mean)
+
+
+Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]
+
+
+class NetworkDenoiser:
+    """A network as a Denoiser: reads its output by mean and variance type.
+
+    network(x_t, timesteps, **condition) gives [N, C, H, W], or [N, 2C, H, W] where the variance is learned.
+    denoised_fn is applied to x̂_0 before the clamp.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        process: ForwardProcess,
+        mean_type: ModelMeanType = ModelMeanType.EPSILON,
+        var_type: ModelVarType = ModelVarType.LEARNED_RANGE,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.network = network
+        self.process = process
+        self.mean_type = mean_type
+        self.var_type = var_type
+        self.clip_denoised = clip_denoised
+        self.denoised_fn = denoised_fn
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        return self.read(self.network(x_t, self.process.network_timesteps(t), **condition), x_t, t, condition)
+
+    def read(self, output: Tensor, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """The Prediction that a network output stands for."""
+        variance, log_variance = self._variance(output, x_t, t)
+        value, mean = output[:, : x_t.shape[1]], None
+        if self.mean_type is ModelMeanType.EPSILON:
+            eps, x0 = value, self.process.x0_from_eps(x_t, t, value)
+        else:
+            x0 = value
+            if self.mean_type is ModelMeanType.PREVIOUS_X:
+                mean, x0 = value, self.process.x0_from_previous(x_t, t, value)
+            eps = self.process.eps_from_x0(x_t, t, x0)
+        return Prediction(
+            self.process, x_t, t, condition, eps, x0, variance, log_variance, self._restrict, network_mean=mean
+        )
+
+    def _restrict(self, x0: Tensor) -> Tensor:
+        if self.denoised_fn is not None:
+            x0 = self.denoised_fn(x0)
+        return x0.clamp(-1, 1) if self.clip_denoised else x0
+
+    def _variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        channels = x_t.shape[1]
+        wanted = 2 * channels if self.var_type.learned else channels
+        if output.shape != (x_t.shape[0], wanted, *x_t.shape[2:]):
+            raise ValueError(
+                f"learn_sigma: the network gives {tuple(output.shape)}, variance type {self.var_type.name} of a "
+                f"{tuple(x_t.shape)} input needs {wanted} channels"
+            )
+        if self.var_type is ModelVarType.LEARNED:
+            log_variance = output[:, channels:]
+            return log_variance.exp(), log_variance
+        if self.var_type is ModelVarType.LEARNED_RANGE:
+            low = self.process.at("posterior_log_variance_clipped", t, x_t)
+            fraction = (output[:, channels:] + 1) / 2
+            log_variance = fraction * self.process.at("log_betas", t, x_t) + (1 - fraction) * low
+            return log_variance.exp(), log_variance
+        if self.var_type is ModelVarType.FIXED_LARGE:
+            tables = "fixed_large_variance", "fixed_large_log_variance"
+        else:
+            tables = "posterior_variance", "posterior_log_variance_clipped"
+        variance, log_variance = (self.process.at(name, t, x_t).expand_as(x_t) for name in tables)
+        return variance, log_variance

@@ -1,0 +1,1 @@
+"""Guidance: differences between predictions, added to a denoiser's ε. One technique a file."""

@@ -1,0 +1,112 @@
+"""What a guidance is, the step it sees, and the sum: ε̃ = ε + Σ scale · Δ."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from guided_diffusion.attention import AttentionBlock
+from guided_diffusion.denoiser import Condition, Denoiser, Prediction
+from guided_diffusion.process import ForwardProcess
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The part of the process that is guided: low ≤ t/T < high (1 = noise) and, in respaced steps, t < start."""
+
+    low: float = 0.0
+    high: float = 1.0
+    start: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"guide_interval: wanted 0 ≤ low < high ≤ 1, got {self.low},{self.high}")
+        if self.start is not None and self.start < 0:
+            raise ValueError(f"guide_start: wanted 0 or more, got {self.start}")
+
+    def contains(self, t: Tensor, num_timesteps: int) -> Tensor:
+        """Which of the steps [N] are guided, [N] bool."""
+        fraction = t.double() / num_timesteps
+        inside = (fraction >= self.low) & (fraction < self.high)
+        return inside if self.start is None else inside & (t < self.start)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Guidance(ABC):
+    """One difference Δ in ε; the guided prediction is ε + Σ scale · Δ.
+
+    scale: the paper's s, 0 = off. every: Δ is computed at guided steps 0, every, 2·every, … and used again between.
+    """
+
+    scale: float
+    interval: Interval = field(default_factory=Interval)
+    every: int = 1
+
+    def __post_init__(self):
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance scale: wanted a finite number, got {self.scale}")
+        if self.every < 1:
+            raise ValueError(f"guide_every: wanted 1 or more, got {self.every}")
+
+    def record(self) -> AbstractContextManager[dict[AttentionBlock, Tensor]]:
+        """The recorder to hold open during the shared pass; what it yields comes back as `step.recorded[self]`."""
+        return nullcontext({})
+
+    @abstractmethod
+    def difference(self, step: "Step") -> Tensor:
+        """Δ of x_t's shape, without the scale."""
+
+
+class Step:
+    """One sampling step as guidances see it: the shared prediction `base`, what was recorded, and more passes.
+
+    evaluations: network passes made so far, in units of one pass of all rows.
+    """
+
+    def __init__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, due: Sequence[Guidance]):
+        self._denoiser = denoiser
+        self.evaluations = 0
+        with ExitStack() as stack:
+            self.recorded = {guidance: stack.enter_context(guidance.record()) for guidance in due}
+            self.base = self.denoise(x_t, t, condition)
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """One more network pass."""
+        self.evaluations += 1
+        return self._denoiser(x_t, t, condition)
+
+
+class GuidedDenoiser:
+    """A denoiser with guidances added: itself a denoiser, for one trajectory.
+
+    Make a new one for every trajectory: between steps it remembers differences that are used again. Guidances with
+    scale 0, and steps outside a guidance's interval, cost no network pass. `last_step` is the newest Step;
+    `evaluations` counts network passes of the whole trajectory.
+    """
+
+    def __init__(self, denoiser: Denoiser, process: ForwardProcess, guidances: Sequence[Guidance] = ()):
+        self._denoiser = denoiser
+        self._process = process
+        self._guidances = [guidance for guidance in guidances if guidance.scale != 0]
+        self._steps_guided = dict.fromkeys(self._guidances, 0)
+        self._differences: dict[Guidance, Tensor] = {}
+        self.last_step: Step | None = None
+        self.evaluations = 0
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        inside = {g: g.interval.contains(t, self._process.num_timesteps) for g in self._guidances}
+        active = [g for g in self._guidances if inside[g].any()]
+        due = [g for g in active if self._steps_guided[g] % g.every == 0]
+        step = self.last_step = Step(self._denoiser, x_t, t, condition, due)
+        eps = step.base.eps
+        for guidance in active:
+            if guidance in due:
+                self._differences[guidance] = guidance.difference(step)
+            self._steps_guided[guidance] += 1
+            weight = guidance.scale * inside[guidance].reshape(-1, *[1] * (x_t.ndim - 1))
+            eps = eps + weight * self._differences[guidance]
+        self.evaluations += step.evaluations
+        return step.base.with_eps(eps) if active else step.base

@@ -1,0 +1,43 @@
+"""Layers and small tensor helpers shared by the networks."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation with 32 groups, computed in float32 whatever the input's dtype."""
+
+    def __init__(self, channels: int):
+        super().__init__(32, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set every parameter of `module` to zero and return it (residual branches start as identities)."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Sinusoidal embedding, cosines first: [N] timesteps, possibly fractional, to [N, dim] float32."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * steps / half)[None]
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all dimensions but the first: [N, ...] to [N]."""
+    return x.flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def update_ema(targets: list[Tensor], sources: list[Tensor], rate: float) -> None:
+    """Move `targets` in place towards `sources`: target = rate · target + (1 − rate) · source."""
+    torch._foreach_lerp_(targets, [source.detach() for source in sources], 1 - rate)

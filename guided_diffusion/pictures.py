@@ -1,0 +1,61 @@
+"""Arrays as pictures: grids of samples and rows that compare them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from guided_diffusion.checkpoints import write_atomically
+
+WHITE = 255
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """[N, C, H, W] in [−1, 1] to [N, H, W, C] uint8, rounded as upstream does."""
+    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """[N, H, W, 3] uint8 as one picture, row by row on white."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    padded = np.full((rows * columns, height + gap, width + gap, channels), WHITE, np.uint8)
+    padded[:n, :height, :width] = images
+    sheet = padded.reshape(rows, columns, height + gap, width + gap, channels).transpose(0, 2, 1, 3, 4)
+    return sheet.reshape(rows * (height + gap), columns * (width + gap), channels)[: -gap or None, : -gap or None]
+
+
+def enlarge(image: np.ndarray, side: int) -> np.ndarray:
+    """Repeat the pixels of [H, W, 3] a whole number of times, to at most `side` pixels wide, at least once."""
+    times = max(1, side // image.shape[1])
+    return image.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """[N, H, W] in [0, 1] as dark-blue-to-yellow pictures [N, H, W, 3] uint8."""
+    stops = np.array([[18, 18, 66], [140, 40, 120], [240, 120, 60], [255, 245, 150]], dtype=np.float64)
+    positions = np.linspace(0, 1, len(stops))
+    return np.stack([np.interp(values, positions, stops[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
+
+
+def titled_panels(panels: Sequence[tuple[str, np.ndarray]], gap: int = 16) -> np.ndarray:
+    """Pictures [H, W, 3] side by side on white, each under its title."""
+    font = ImageFont.load_default(18)
+    top = 34
+    height = top + max(picture.shape[0] for _, picture in panels) + gap
+    width = gap + sum(picture.shape[1] + gap for _, picture in panels)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, left = ImageDraw.Draw(sheet), gap
+    for title, picture in panels:
+        draw.text((left, 8), title, fill="black", font=font)
+        sheet.paste(Image.fromarray(picture), (left, top))
+        left += picture.shape[1] + gap
+    return np.asarray(sheet)
+
+
+def save_png(picture: np.ndarray, path: str | Path) -> None:
+    """Write [H, W, 3] uint8 as PNG, atomically."""
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))

@@ -1,0 +1,141 @@
+"""The forward process q: noise schedules, its float64 tables, x_0 ↔ ε, and respacing (Ho et al. 2020; Nichol 2021)."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
+    """β of every step, [T] float64: `linear` (Ho et al., scaled to T steps) or `cosine` (Nichol & Dhariwal)."""
+    steps = num_diffusion_timesteps
+    if schedule_name == "linear":
+        scale = 1000 / steps
+        return np.linspace(scale * 0.0001, scale * 0.02, steps, dtype=np.float64)
+    if schedule_name == "cosine":
+
+        def alpha_bar(time: float) -> float:
+            return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)])
+    raise ValueError(f"noise_schedule: {schedule_name!r} is neither linear nor cosine")
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> set[int]:
+    """The original steps that a respaced process keeps.
+
+    section_counts: `"250"` or `[250]` (evenly spread), `"10,15,20"` (so many in each third of the process), or
+    `"ddim25"` (the fixed stride of the DDIM paper). A ValueError tells which spacing cannot be had.
+    """
+    asked = f"timestep_respacing: {section_counts!r}"
+    if isinstance(section_counts, str):
+        ddim = section_counts.startswith("ddim")
+        try:
+            counts = [int(part) for part in section_counts.removeprefix("ddim").split(",")]
+        except ValueError:
+            raise ValueError(f"{asked} is not a number, a list of numbers like 10,15,20, or ddimN") from None
+        if ddim:
+            if len(counts) != 1 or counts[0] < 1:
+                raise ValueError(f"{asked} is not ddimN with one N of at least 1")
+            for stride in range(1, num_timesteps + 1):
+                if len(range(0, num_timesteps, stride)) == counts[0]:
+                    return set(range(0, num_timesteps, stride))
+            raise ValueError(f"{asked}: no whole stride takes {counts[0]} of {num_timesteps} steps")
+    else:
+        counts = list(section_counts)
+    if min(counts, default=0) < 1:
+        raise ValueError(f"{asked} needs at least one step in every section")
+    size, extra = divmod(num_timesteps, len(counts))
+    kept: set[int] = set()
+    start = 0
+    for section, count in enumerate(counts):
+        length = size + (section < extra)
+        if count > length:
+            raise ValueError(f"{asked} asks for {count} steps of a section of {length}")
+        stride = 1.0 if count == 1 else (length - 1) / (count - 1)
+        position = 0.0
+        for _ in range(count):
+            kept.add(start + round(position))
+            position += stride
+        start += length
+    return kept
+
+
+class ForwardProcess:
+    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) on the steps that respacing kept, counted 0 … num_timesteps − 1.
+
+    betas: [T] in (0, 1], the original process. kept: original steps to keep (default: all).
+    rescale_timesteps: networks see steps scaled to [0, 1000), as IDDPM's 4000-step models want.
+    Tables are numpy float64; methods take tensors x [N, ...] and t [N] int64 and return float32 on x's device.
+    """
+
+    def __init__(self, betas: np.ndarray, kept: Iterable[int] | None = None, rescale_timesteps: bool = False):
+        betas = np.asarray(betas, dtype=np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must be a list of numbers in (0, 1]")
+        self.original_num_steps = len(betas)
+        self.rescale_timesteps = rescale_timesteps
+        self.timestep_map = sorted(range(len(betas)) if kept is None else set(kept))
+        kept_alphas = np.cumprod(1 - betas)[self.timestep_map]
+        if kept is not None:
+            betas = 1 - kept_alphas / np.append(1.0, kept_alphas[:-1])
+        self.betas = betas
+        self.num_timesteps = len(betas)
+        self.alphas_cumprod = np.cumprod(1 - betas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
+        self.log_one_minus_alphas_cumprod = np.log(1 - self.alphas_cumprod)
+        with np.errstate(divide="ignore"):
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
+        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        # The first entry is 0, so the second stands in for it wherever a logarithm is taken.
+        second = self.posterior_variance[min(1, self.num_timesteps - 1)] or betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - self.alphas_cumprod)
+        self.log_betas = np.log(betas)
+        self.fixed_large_variance = np.append(second, betas[1:])
+        self.fixed_large_log_variance = np.log(self.fixed_large_variance)
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+
+    def at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
+        """Row values of the table of that name at steps t, float32, shaped to broadcast over x: [N, 1, …]."""
+        key = (table, t.device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.as_tensor(getattr(self, table), dtype=torch.float32, device=t.device)
+        return self._on_device[key][t].reshape(-1, *[1] * (x.ndim - 1))
+
+    def network_timesteps(self, t: Tensor) -> Tensor:
+        """What the network is told: the original step, [N] int64; float32 scaled to [0, 1000) if it is rescaled."""
+        key = ("timestep_map", t.device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.tensor(self.timestep_map, device=t.device)
+        original = self._on_device[key][t]
+        return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε."""
+        return self.at("sqrt_alphas_cumprod", t, x0) * x0 + self.at("sqrt_one_minus_alphas_cumprod", t, x0) * noise
+
+    def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t−1} | x_t, x_0)."""
+        return self.at("posterior_mean_coef1", t, x_t) * x0 + self.at("posterior_mean_coef2", t, x_t) * x_t
+
+    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x̂_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t."""
+        return self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+
+    def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """ε = (x_t − √ᾱ_t x̂_0) / √(1 − ᾱ_t), in the form that agrees with `x0_from_eps`."""
+        return (self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x0) / self.at(
+            "sqrt_recipm1_alphas_cumprod", t, x_t
+        )
+
+    def x0_from_previous(self, x_t: Tensor, t: Tensor, previous: Tensor) -> Tensor:
+        """x̂_0 of which `previous` is the posterior mean."""
+        return (previous - self.at("posterior_mean_coef2", t, x_t) * x_t) / self.at("posterior_mean_coef1", t, x_t)

@@ -1,0 +1,1 @@
+"""Training: data, losses, schedule samplers and the loop."""

@@ -1,0 +1,185 @@
+"""The training loop: gradients, EMA, atomic checkpoints, resume, progress."""
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from guided_diffusion.checkpoints import load_state_dict, save_atomically
+from guided_diffusion.config import option
+from guided_diffusion.nn import update_ema
+from guided_diffusion.training.schedule_sampler import create_named_schedule_sampler
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """training"""
+
+    data_dir: str = option("", "folder of images (any depth); label_name.png gives the class, where class_cond")
+    out_dir: str = option("runs/train", "folder for checkpoints and the log; the same command goes on from there")
+    batch_size: int = option(64, "images per step")
+    microbatch: int = option(-1, "images per forward pass; -1: the whole batch")
+    lr: float = option(1e-4, "learning rate of AdamW")
+    lr_warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
+    lr_anneal_steps: int = option(0, "train so many steps, the learning rate falling to 0; 0: no end, no fall")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    ema_rate: float = option(0.9999, "rate of the moving average of the weights")
+    schedule_sampler: str = option("uniform", "timesteps to train on: uniform or loss-second-moment")
+    min_snr_gamma: float = option(0.0, "weigh the loss of ε by min(SNR, γ)/SNR (Hang et al. 2023); 0: not")
+    label_dropout: float = option(0.0, "share of images trained without their label (needs null_label)")
+    random_crop: bool = option(False, "crop at a random place and scale")
+    random_flip: bool = option(True, "mirror half of the images")
+    bf16: bool = option(False, "bfloat16 autocast (CPU or GPU)")
+    log_interval: int = option(50, "steps between lines of the log")
+    save_interval: int = option(1000, "steps between checkpoints")
+    resume_checkpoint: str = option("", "weights to begin with (.pt or .safetensors)")
+    seed: int = option(0, "seed of weights, data order, timesteps and noise")
+
+    def __post_init__(self):
+        for name in ("batch_size", "lr", "log_interval", "save_interval"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: wanted more than 0, got {getattr(self, name)}")
+        if not 0 <= self.ema_rate < 1 or not 0 <= self.label_dropout < 1:
+            raise ValueError("ema_rate and label_dropout: wanted at least 0 and below 1")
+
+
+class TrainLoop:
+    """Train `network` on batches of (images, condition) by `diffusion.training_losses`.
+
+    Everything needed to go on is in out_dir/checkpoint.pt, written atomically; `run` starts from it if it is there.
+    The EMA is saved beside it as ema_RATE_STEP.pt, upstream's name. null_label: what a dropped label becomes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        diffusion: Any,
+        data: Iterator[tuple[Tensor, dict[str, Tensor]]],
+        config: TrainingConfig,
+        null_label: int | None = None,
+    ):
+        if config.label_dropout and null_label is None:
+            raise ValueError("label_dropout: needs class_cond and null_label")
+        self.network, self.diffusion, self.data, self.config = network, diffusion, data, config
+        self.null_label = null_label
+        self.device = next(network.parameters()).device
+        self.out_dir = Path(config.out_dir)
+        if config.resume_checkpoint:
+            network.load_state_dict(load_state_dict(config.resume_checkpoint))
+        self.ema = copy.deepcopy(network).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.schedule_sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
+        self.step = 0
+        if self.checkpoint_path.is_file():
+            self._restore(torch.load(self.checkpoint_path, map_location=self.device, weights_only=True))
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.out_dir / "checkpoint.pt"
+
+    def run(self) -> None:
+        """Train to `lr_anneal_steps`, or until interrupted; a checkpoint is left in both cases."""
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.network.train()
+        end = self.config.lr_anneal_steps or None
+        bar = tqdm(total=end, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
+        since, started = [], time.perf_counter()
+        try:
+            while end is None or self.step < end:
+                since.append(self._train_step(*next(self.data)))
+                self.step += 1
+                bar.update()
+                if self.step % self.config.log_interval == 0:
+                    images_per_s = len(since) * self.config.batch_size / (time.perf_counter() - started)
+                    self._log(since, images_per_s, bar)
+                    since, started = [], time.perf_counter()
+                if self.step % self.config.save_interval == 0:
+                    self.save()
+        finally:
+            bar.close()
+            self.save()
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        rate = config.lr
+        if config.lr_warmup_steps:
+            rate *= min(1.0, (self.step + 1) / config.lr_warmup_steps)
+        if config.lr_anneal_steps:
+            rate *= 1 - self.step / config.lr_anneal_steps
+        return rate
+
+    def _train_step(self, images: Tensor, condition: dict[str, Tensor]) -> dict[str, float]:
+        size = self.config.microbatch if self.config.microbatch > 0 else len(images)
+        totals: dict[str, Tensor] = {}
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            x0 = images[part].to(self.device)
+            losses = self._losses(x0, {name: rows[part].to(self.device) for name, rows in condition.items()})
+            share = len(x0) / len(images)
+            (losses.pop("weighted").mean() * share).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, torch.zeros(())) + value.detach().mean().cpu() * share
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_ema(list(self.ema.parameters()), list(self.network.parameters()), self.config.ema_rate)
+        means = {name: float(value) for name, value in totals.items()}
+        if not means["loss"] < float("inf"):
+            raise FloatingPointError(f"step {self.step}: the loss is {means['loss']}")
+        return means
+
+    def _losses(self, x0: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.config.label_dropout:
+            dropped = torch.rand(len(x0), device=self.device) < self.config.label_dropout
+            condition = {**condition, "y": condition["y"].masked_fill(dropped, self.null_label)}
+        t, weights = self.schedule_sampler.sample(len(x0), self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            losses = self.diffusion.training_losses(self.network, x0, t, condition)
+        self.schedule_sampler.update(t, losses["loss"].detach())
+        weighted = losses["loss"]
+        if self.config.min_snr_gamma:
+            alpha_bar = self.diffusion.process.at("alphas_cumprod", t, weights)
+            snr = alpha_bar / (1 - alpha_bar)
+            weighted = losses["mse"] * (snr.clamp(max=self.config.min_snr_gamma) / snr) + losses.get("vb", 0)
+        return {**losses, "weighted": weighted * weights}
+
+    def _log(self, since: list[dict[str, float]], images_per_s: float, bar: tqdm) -> None:
+        means = {name: sum(entry[name] for entry in since) / len(since) for name in since[0]}
+        line = {"step": self.step, "images": self.step * self.config.batch_size, **means, "images_per_s": images_per_s}
+        with open(self.out_dir / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+        if bar.disable:
+            print(" ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
+
+    def save(self) -> None:
+        """Write checkpoint.pt and this step's EMA, each atomically."""
+        save_atomically(
+            {
+                "step": self.step,
+                "network": self.network.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule_sampler": self.schedule_sampler.state_dict(),
+                "random_state": torch.get_rng_state(),
+                "config": asdict(self.config),
+            },
+            self.checkpoint_path,
+        )
+        save_atomically(self.ema.state_dict(), self.out_dir / f"ema_{self.config.ema_rate}_{self.step:06d}.pt")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        self.step = state["step"]
+        torch.set_rng_state(state["random_state"].cpu())

@@ -1,0 +1,71 @@
+"""Which timesteps a training batch looks at: uniform, or where the loss is large (Nichol & Dhariwal 2021, Eq. 18)."""
+
+import torch
+from torch import Tensor
+
+
+class UniformSampler:
+    """Every step equally often."""
+
+    def __init__(self, num_timesteps: int):
+        self.num_timesteps = num_timesteps
+
+    def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Steps [N] int64 and the weights [N] of their losses (all 1)."""
+        t = torch.randint(0, self.num_timesteps, (batch_size,), device=device)
+        return t, torch.ones(batch_size, device=device)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Nothing is learned from losses."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """There is nothing to load."""
+
+
+class LossSecondMomentSampler:
+    """Steps with probability ∝ √E[L_t²] over each step's last losses, mixed with a little uniform; 1/p weights."""
+
+    HISTORY = 10
+    UNIFORM_SHARE = 0.001
+
+    def __init__(self, num_timesteps: int):
+        self.num_timesteps = num_timesteps
+        self.losses = torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64)
+        self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    def probabilities(self) -> Tensor:
+        """[T] float64, uniform until every step has its history."""
+        if (self.counts < self.HISTORY).any():
+            return torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
+        weights = self.losses.square().mean(dim=1).sqrt()
+        return (1 - self.UNIFORM_SHARE) * weights / weights.sum() + self.UNIFORM_SHARE / self.num_timesteps
+
+    def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Steps [N] int64 and the weights [N] that keep the expected loss the same."""
+        p = self.probabilities()
+        t = torch.multinomial(p, batch_size, replacement=True)
+        return t.to(device), (1 / (self.num_timesteps * p[t])).float().to(device)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Remember the losses [N] of steps [N]."""
+        for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
+            self.losses[step, self.counts[step] % self.HISTORY] = loss
+            self.counts[step] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.losses, self.counts = state["losses"], state["counts"]
+
+
+def create_named_schedule_sampler(name: str, num_timesteps: int) -> UniformSampler | LossSecondMomentSampler:
+    """`uniform` or `loss-second-moment`."""
+    if name == "uniform":
+        return UniformSampler(num_timesteps)
+    if name == "loss-second-moment":
+        return LossSecondMomentSampler(num_timesteps)
+    raise ValueError(f"schedule_sampler: {name!r} is neither uniform nor loss-second-moment")

@@ -1,0 +1,56 @@
+"""Train a diffusion model on a folder of images.
+
+The class of an image is the beginning of its file name (label_name.png), where --class_cond is on.
+Everything is written to --out_dir; the same command goes on where it stopped. Example:
+
+  python scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji --image_size 32 --batch_size 64
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from guided_diffusion.config import DiffusionConfig, NetworkConfig, exit_on_bad_input, parse_args
+from guided_diffusion.script_util import build_diffusion, build_network
+from guided_diffusion.training.data import class_names, list_image_files, load_data
+from guided_diffusion.training.loop import TrainingConfig, TrainLoop
+
+
+def main() -> None:
+    training, network_config, diffusion_config = parse_args(__doc__, (TrainingConfig, NetworkConfig, DiffusionConfig))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with exit_on_bad_input():
+        torch.manual_seed(training.seed)
+        random.seed(training.seed)
+        classes = class_names(list_image_files(training.data_dir))
+        if network_config.class_cond and len(classes) > network_config.num_classes:
+            raise ValueError(f"num_classes: {network_config.num_classes}, but data_dir has {len(classes)} classes")
+        network = build_network(network_config, diffusion_config.learn_sigma).to(device)
+        data = load_data(
+            data_dir=training.data_dir,
+            batch_size=training.batch_size,
+            image_size=network_config.image_size,
+            class_cond=network_config.class_cond,
+            random_crop=training.random_crop,
+            random_flip=training.random_flip,
+        )
+        has_null = network_config.class_cond and network_config.null_label
+        loop = TrainLoop(
+            network,
+            build_diffusion(diffusion_config),
+            data,
+            training,
+            null_label=network_config.num_classes if has_null else None,
+        )
+    if network_config.class_cond:
+        Path(training.out_dir).mkdir(parents=True, exist_ok=True)
+        Path(training.out_dir, "classes.json").write_text(json.dumps(classes), encoding="utf-8")
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{parameters:,} parameters on {device}; step {loop.step} in {training.out_dir}", flush=True)
+    loop.run()
+
+
+if __name__ == "__main__":
+    main()
