@@ -181,12 +181,20 @@ def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]]) -> l
     ]
 
 
-def parse_args(description: str, groups: tuple[type, ...], argv: list[str] | None = None) -> list[Any]:
+def parse_args(
+    description: str, groups: tuple[type, ...], argv: list[str] | None = None, default_config: str | None = None
+) -> list[Any]:
     """Command line to one instance of every dataclass in `groups`: defaults < `--config` file < flags."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, one `flag: value` a line; flags win")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=default_config,
+        help="YAML file of settings, one `flag: value` a line; flags win over it"
+        + (f" (default: {default_config})" if default_config else ""),
+    )
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
         hints = typing.get_type_hints(group)

@@ -178,8 +178,17 @@ def save_samples(folder: Path, images: np.ndarray, labels: np.ndarray | None) ->
     return path
 
 
-def run(sampler: Sampler, settings: dict[str, Any], guidance_line: str) -> None:
-    """Make all samples and write them with config.yaml (the resolved settings) and manifest.json."""
+Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]
+"""Is shown every step of every batch: the samples' indices, the state, and the denoiser that knows the guidance."""
+
+
+def run(
+    sampler: Sampler, settings: dict[str, Any], guidance_line: str, observe: Observer | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Make all samples and write them with config.yaml (the resolved settings) and manifest.json.
+
+    Returns the samples, uint8 [N, H, W, 3], and the manifest.
+    """
     config = sampler.config
     folder = output_folder(config, settings)
     sys.stderr.write(f"{guidance_line}\n")
@@ -193,13 +202,16 @@ def run(sampler: Sampler, settings: dict[str, Any], guidance_line: str) -> None:
     with tqdm(total=total, unit="step", dynamic_ncols=True, disable=None) as bar:
         for indices in batches:
             for state, guided in sampler.trajectory(indices):
+                if observe:
+                    observe(indices, state, guided)
                 bar.update()
             images.append(pictures.to_uint8(state.x))
             evaluations += guided.evaluations * len(indices) / config.num_samples
             if sampler.conditional:
                 labels.append(sampler.labels(indices).numpy())
     seconds = time.perf_counter() - started
-    path = save_samples(folder, np.concatenate(images), np.concatenate(labels) if labels else None)
+    samples = np.concatenate(images)
+    path = save_samples(folder, samples, np.concatenate(labels) if labels else None)
     manifest = {
         "samples": config.num_samples,
         "file": path.name,
@@ -214,6 +226,7 @@ def run(sampler: Sampler, settings: dict[str, Any], guidance_line: str) -> None:
     write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
     write_atomically(folder / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
     print(f"{config.num_samples} samples in {seconds:.1f} s, {evaluations:g} network evaluations each: {path}")
+    return samples, manifest
 
 
 def resolved(*groups: Any) -> dict[str, Any]:
