@@ -12,6 +12,8 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     """β of every step, [T] float64: `linear` (Ho et al., scaled to T steps) or `cosine` (Nichol & Dhariwal)."""
     steps = num_diffusion_timesteps
     if schedule_name == "linear":
+        if steps < 20:
+            raise ValueError(f"diffusion_steps: the linear schedule needs at least 20, got {steps}")
         scale = 1000 / steps
         return np.linspace(scale * 0.0001, scale * 0.02, steps, dtype=np.float64)
     if schedule_name == "cosine":

@@ -8,6 +8,7 @@ Everything is written to --out_dir; the same command goes on where it stopped. E
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -49,7 +50,10 @@ def main() -> None:
         Path(training.out_dir, "classes.json").write_text(json.dumps(classes), encoding="utf-8")
     parameters = sum(p.numel() for p in network.parameters())
     print(f"{parameters:,} parameters on {device}; step {loop.step} in {training.out_dir}", flush=True)
-    loop.run()
+    try:
+        loop.run()
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted at step {loop.step}; the same command goes on from there")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class TrainLoop:
         return self.out_dir / "checkpoint.pt"
 
     def run(self) -> None:
-        """Train to `lr_anneal_steps`, or until interrupted; a checkpoint is left in both cases."""
+        """Train to `lr_anneal_steps`, or until interrupted (Ctrl-C); a checkpoint is left in both cases."""
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.network.train()
         end = self.config.lr_anneal_steps or None
@@ -100,11 +100,13 @@ class TrainLoop:
                     images_per_s = len(since) * self.config.batch_size / (time.perf_counter() - started)
                     self._log(since, images_per_s, bar)
                     since, started = [], time.perf_counter()
-                if self.step % self.config.save_interval == 0:
+                if self.step % self.config.save_interval == 0 or self.step == end:
                     self.save()
+        except KeyboardInterrupt:
+            self.save()
+            raise
         finally:
             bar.close()
-            self.save()
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -123,6 +125,8 @@ class TrainLoop:
             x0 = images[part].to(self.device)
             losses = self._losses(x0, {name: rows[part].to(self.device) for name, rows in condition.items()})
             share = len(x0) / len(images)
+            if not losses["loss"].isfinite().all():
+                raise FloatingPointError(f"step {self.step}: the loss is not finite; go on from {self.checkpoint_path}")
             (losses.pop("weighted").mean() * share).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().mean().cpu() * share
@@ -131,10 +135,7 @@ class TrainLoop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         update_ema(list(self.ema.parameters()), list(self.network.parameters()), self.config.ema_rate)
-        means = {name: float(value) for name, value in totals.items()}
-        if not means["loss"] < float("inf"):
-            raise FloatingPointError(f"step {self.step}: the loss is {means['loss']}")
-        return means
+        return {name: float(value) for name, value in totals.items()}
 
     def _losses(self, x0: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.config.label_dropout:
