@@ -1,0 +1,70 @@
+"""The rooms of the package: imports run downward only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "guided_diffusion"
+
+# Each place, and what of the package it may import.
+MAY_IMPORT = {
+    "__init__": set(),
+    "config": set(),
+    "nn": set(),
+    "process": set(),
+    "noise": set(),
+    "checkpoints": set(),
+    "pictures": {"checkpoints"},
+    "denoiser": {"process"},
+    "attention": {"nn"},
+    "unet": {"nn", "attention"},
+    "guidance": {"guidance", "process", "denoiser", "attention"},
+    "samplers": {"process", "denoiser"},
+    "training": {"training", "process", "denoiser", "nn", "attention", "unet", "config", "checkpoints"},
+    "gaussian_diffusion": {"process", "denoiser", "guidance", "samplers", "training"},
+    "respace": {"process", "gaussian_diffusion"},
+    "script_util": {
+        "config", "process", "denoiser", "attention", "unet", "guidance", "training", "gaussian_diffusion", "respace",
+    },
+    "sampling": {
+        "config", "checkpoints", "noise", "pictures", "process", "denoiser", "guidance", "samplers", "respace",
+        "script_util", "__init__",
+    },
+}  # fmt: skip
+
+
+def imported(path):
+    """The modules of the package that a file imports, by the first name below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "guided_diffusion":
+            names = [f"guided_diffusion.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "."]
+        for name in names:
+            top, *below = name.split(".")
+            if top == "guided_diffusion":
+                found.add(below[0] if below else "__init__")
+            assert top not in ("scripts", "tests", "evaluations"), f"{path.name} imports {name}"
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downward(path):
+    place = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert imported(path) <= MAY_IMPORT[place]
+
+
+def test_evaluation_stands_alone():
+    for path in (ROOT / "evaluations").rglob("*.py"):
+        assert not imported(path)
+
+
+def test_files_are_short():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path

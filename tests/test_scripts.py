@@ -1,0 +1,242 @@
+"""The scripts as a user runs them: what they write, that it repeats, and how they refuse bad input."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomised
+from PIL import Image
+
+from guided_diffusion.config import ClassifierConfig
+from guided_diffusion.script_util import build_classifier, create_model_and_diffusion
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+NETWORK = {
+    "image_size": "32",
+    "num_channels": "32",
+    "num_res_blocks": "1",
+    "attention_resolutions": "16,8",
+    "class_cond": "True",
+    "num_classes": "5",
+    "null_label": "True",
+    "learn_sigma": "True",
+}
+CLASSIFIER = {"classifier_width": 64, "classifier_depth": 1, "classifier_attention_resolutions": "8"}
+
+
+def run(script, *arguments, **flags):
+    argv = [f"{script}.py", *map(str, arguments)]
+    for key, value in flags.items():
+        argv += [f"--{key}", str(value)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Paths of a small network's and a small classifier's weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.save(randomised(create_model_and_diffusion(**NETWORK)[0]).state_dict(), folder / "network.pt")
+    config = ClassifierConfig(**CLASSIFIER)
+    torch.save(randomised(build_classifier(32, config, 5)).state_dict(), folder / "classifier.pt")
+    return folder
+
+
+@pytest.fixture
+def base(weights, tmp_path):
+    """Flags of a quick run."""
+    return NETWORK | {
+        "model_path": weights / "network.pt",
+        "timestep_respacing": "3",
+        "num_samples": "5",
+        "batch_size": "2",
+        "out_dir": tmp_path / "out",
+    }
+
+
+def samples(folder):
+    [path] = Path(folder).glob("samples_*.npz")
+    with np.load(path) as file:
+        return path.name, file["arr_0"], file.get("arr_1")
+
+
+def test_what_a_run_writes(base):
+    run("image_sample", **base)
+    name, images, labels = samples(base["out_dir"])
+    assert name == "samples_5x32x32x3.npz"
+    assert images.shape == (5, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert len(np.unique(images)) > 10
+    assert labels.shape == (5,)
+    assert labels.dtype == np.int64
+    assert set(labels) <= set(range(5))
+    assert {path.name for path in base["out_dir"].iterdir()} == {name, "grid.png", "config.yaml", "manifest.json"}
+    assert Image.open(base["out_dir"] / "grid.png").size[0] >= 3 * 32
+    manifest = json.loads((base["out_dir"] / "manifest.json").read_text())
+    assert manifest["network_evaluations_per_sample"] == 3
+    assert manifest["settings"]["seed"] == 0
+
+
+def test_a_written_configuration_gives_the_same_samples(base, tmp_path):
+    guidance = {"sag_scale": 0.5, "sag_block": "middle_block.1"}
+    run("image_sample", **base, **guidance)
+    run("image_sample", config=base["out_dir"] / "config.yaml", out_dir=tmp_path / "again")
+    assert np.array_equal(samples(base["out_dir"])[1], samples(tmp_path / "again")[1])
+
+
+def test_samples_do_not_depend_on_the_batch(base, tmp_path):
+    run("image_sample", **base)
+    run("image_sample", **base | {"batch_size": 5, "num_samples": 4, "out_dir": tmp_path / "other"})
+    _, five, labels = samples(base["out_dir"])
+    _, four, other_labels = samples(tmp_path / "other")
+    assert np.array_equal(labels[:4], other_labels)
+    assert np.abs(five[:4].astype(int) - four).max() <= 1
+
+
+def test_guidance_changes_samples_and_scale_zero_does_not(base, tmp_path, capsys):
+    run("image_sample", **base)
+    plain = samples(base["out_dir"])[1]
+    chosen = {"sel_attn_block": "output", "sel_attn_depth": 2, "blur_sigma": 1}
+    for scale, evaluations in [("1.0", 3), ("1.8", 6)]:
+        out_dir = tmp_path / scale
+        run("image_sample", **base | {"out_dir": out_dir}, guide_scale=scale, **chosen)
+        assert np.array_equal(samples(out_dir)[1], plain) == (scale == "1.0")
+        manifest = json.loads((out_dir / "manifest.json").read_text())
+        assert manifest["network_evaluations_per_sample"] == evaluations
+    assert "s = 0.8, ψ = 1, σ = 1 at output_blocks.2.1, 3 of 3 steps, corrected" in capsys.readouterr().err
+
+
+def test_labels(base, tmp_path):
+    for flag, expected in [("3", [3] * 5), ("0,4", [0, 4, 0, 4, 0]), ("none", [5] * 5)]:
+        run("image_sample", **base | {"out_dir": tmp_path / flag}, labels=flag)
+        assert samples(tmp_path / flag)[2].tolist() == expected
+
+
+def test_ddim(base):
+    run("image_sample", **base | {"timestep_respacing": "ddim4"}, use_ddim="True", ddim_eta="0.3")
+    assert len(samples(base["out_dir"])[1]) == 5
+
+
+def test_the_classifier_moves_samples_and_goes_with_guidance(weights, base, tmp_path):
+    def sampled(name, **flags):
+        run("classifier_sample", **base | {"out_dir": tmp_path / name}, **flags)
+        return samples(tmp_path / name)[1]
+
+    with_classifier = CLASSIFIER | {"classifier_path": weights / "classifier.pt", "classifier_scale": 3}
+    plain = sampled("plain")
+    guided = sampled("guided", **with_classifier)
+    off = sampled("off", **with_classifier, classifier_guidance="False")
+    both = sampled("both", **with_classifier, sag_scale=1, sag_block="middle_block.1")
+    assert np.array_equal(plain, off)
+    assert not np.array_equal(plain, guided)
+    assert not np.array_equal(guided, both)
+
+
+def test_a_run_without_out_dir_goes_below_runs(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    del base["out_dir"]
+    run("image_sample", **base)
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("network-")
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logs"))
+    run("image_sample", **base)
+    assert np.array_equal(samples(folder)[1], samples(tmp_path / "logs")[1])
+
+
+BAD = {
+    "num_samples": ["0", "-3", "many"],
+    "batch_size": ["0"],
+    "model_path": ["nowhere.pt", ""],
+    "timestep_respacing": ["0", "2000", "ddim999", "x"],
+    "labels": ["5", "-1", "cat"],
+    "seed": ["-1"],
+    "ddim_eta": ["-1", "nan"],
+    "blur_sigma": ["-1", "nan"],
+    "blur_kernel": ["4"],
+    "sag_threshold": ["nan", "inf"],
+    "sag_scale": ["inf", "nan"],
+    "sag_block": ["output_blocks.99.1"],
+    "guide_start": ["-1"],
+    "guide_interval": ["1,0"],
+    "guide_every": ["0"],
+    "fidelity": ["perfect"],
+    "channel_mult": ["a", "1,2,4,8,16,32,64"],
+    "num_channels": ["33"],
+    "attention_resolutions": ["x"],
+    "noise_schedule": ["steep"],
+    "class_cond": ["perhaps"],
+    "config": ["nowhere.yaml"],
+}
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in BAD.items() for value in values])
+def test_bad_input_is_one_sentence_and_writes_nothing(base, capsys, monkeypatch, tmp_path, flag, value):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run("image_sample", **{"sag_scale": "1", "sag_block": "middle_block.1"} | base | {flag: value})
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert flag in error or str(value) in error
+    assert not base["out_dir"].exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "tensor"), [("num_classes", 7, "label_emb.weight"), ("learn_sigma", False, "out.2")]
+)
+def test_weights_of_another_network_are_refused(base, capsys, flag, value, tensor):
+    with pytest.raises(SystemExit) as stop:
+        run("image_sample", **base | {flag: value})
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert str(base["model_path"]) in error
+    assert tensor in error
+
+
+def test_unknown_flags_are_refused(base, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("image_sample", **base, sag_skale="1")
+    assert stop.value.code == 2
+    assert "--sag_skale" in capsys.readouterr().err
+
+
+def test_training_then_sampling(tmp_path):
+    data, out_dir = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for i in range(6):
+        Image.new("RGB", (32, 32), (40 * i, 10, 200)).save(data / f"{'ab'[i % 2]}_{i}.png")
+    flags = NETWORK | {
+        "num_classes": "2", "data_dir": data, "out_dir": out_dir, "batch_size": 2, "lr_anneal_steps": 3,
+        "label_dropout": 0.2, "bf16": "True",
+    }  # fmt: skip
+    run("image_train", **flags)
+    assert {path.name for path in out_dir.iterdir()} == {"checkpoint.pt", "classes.json", "ema_0.9999_000003.pt"}
+    assert json.loads((out_dir / "classes.json").read_text()) == ["a", "b"]
+    run(
+        "image_sample", **NETWORK | {"num_classes": "2"}, model_path=out_dir / "ema_0.9999_000003.pt", num_samples=2,
+        timestep_respacing=2, out_dir=tmp_path / "out",
+    )  # fmt: skip
+    assert len(samples(tmp_path / "out")[1]) == 2
+
+
+@pytest.mark.parametrize("flags", [{"data_dir": "nowhere"}, {"lr": "-1"}, {"num_classes": "1"}, {"label_dropout": 2}])
+def test_bad_training_input_is_one_sentence(tmp_path, capsys, flags):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a_0.png", "b_0.png"):
+        Image.new("RGB", (32, 32)).save(data / name)
+    with pytest.raises(SystemExit) as stop:
+        run("image_train", **NETWORK | {"data_dir": data, "out_dir": tmp_path / "run"} | flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
