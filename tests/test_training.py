@@ -10,6 +10,7 @@ from conftest import SMALL
 from PIL import Image
 
 from guided_diffusion.checkpoints import load_state_dict
+from guided_diffusion.denoiser import ModelMeanType
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.training.data import center_crop, load_data, random_crop
 from guided_diffusion.training.loop import TrainingConfig, TrainLoop
@@ -99,7 +100,7 @@ def log_of(folder):
 
 
 def test_training_learns(tmp_path):
-    loop_of(tmp_path, IMAGES, lr_anneal_steps=120, lr=3e-3, label_dropout=0.2, min_snr_gamma=5.0).run()
+    loop_of(tmp_path, IMAGES, lr_anneal_steps=120, lr=3e-3, label_dropout=0.2, snr_gamma=5.0).run()
     losses = [line["mse"] for line in log_of(tmp_path)]
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
 
@@ -157,6 +158,19 @@ def test_microbatches_have_the_gradient_of_the_batch(tmp_path):
     assert loss == pytest.approx(loss_of_parts, rel=1e-5)
     for ours, expected in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_snr_weights(tmp_path):
+    """One weighting of x̂_0, whatever the network predicts; ε's own loss already is SNR times that of x̂_0."""
+    loop = loop_of(tmp_path, IMAGES, snr_gamma=5.0)
+    alpha_bar = torch.from_numpy(loop.diffusion.alphas_cumprod).float()
+    snr = alpha_bar / (1 - alpha_bar)
+    t = torch.arange(8)
+    assert (snr > 5).any()
+    assert (snr < 1).any()
+    torch.testing.assert_close(loop._snr_weights(t) * snr, snr.clamp(max=5))
+    loop.diffusion.model_mean_type = ModelMeanType.START_X
+    torch.testing.assert_close(loop._snr_weights(t), snr.clamp(1, 5))
 
 
 def test_label_dropout_reaches_the_null_label(tmp_path):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from guided_diffusion.checkpoints import load_state_dict, save_atomically
 from guided_diffusion.config import option
+from guided_diffusion.denoiser import ModelMeanType
 from guided_diffusion.nn import update_ema
 from guided_diffusion.training.schedule_sampler import create_named_schedule_sampler
 
@@ -32,7 +33,11 @@ class TrainingConfig:
     weight_decay: float = option(0.0, "weight decay of AdamW")
     ema_rate: float = option(0.9999, "rate of the moving average of the weights")
     schedule_sampler: str = option("uniform", "timesteps to train on: uniform or loss-second-moment")
-    min_snr_gamma: float = option(0.0, "weigh the loss of ε by min(SNR, γ)/SNR (Hang et al. 2023); 0: not")
+    snr_gamma: float = option(
+        0.0,
+        "weigh the squared error of x̂_0 by min(SNR, γ) (Hang et al. 2023), and by at least 1 where the network "
+        "predicts x_0 (Salimans & Ho 2022); 0: by SNR for ε, by 1 for x_0",
+    )
     label_dropout: float = option(0.0, "share of images trained without their label (needs null_label)")
     random_crop: bool = option(False, "crop at a random place and scale")
     random_flip: bool = option(True, "mirror half of the images")
@@ -46,6 +51,8 @@ class TrainingConfig:
         for name in ("batch_size", "lr", "log_interval", "save_interval"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted more than 0, got {getattr(self, name)}")
+        if self.snr_gamma and not self.snr_gamma >= 1:
+            raise ValueError(f"snr_gamma: wanted 1 or more, or 0 for none, got {self.snr_gamma}")
         if not 0 <= self.ema_rate < 1 or not 0 <= self.label_dropout < 1:
             raise ValueError("ema_rate and label_dropout: wanted at least 0 and below 1")
 
@@ -146,11 +153,16 @@ class TrainLoop:
             losses = self.diffusion.training_losses(self.network, x0, t, condition)
         self.schedule_sampler.update(t, losses["loss"].detach())
         weighted = losses["loss"]
-        if self.config.min_snr_gamma:
-            alpha_bar = self.diffusion.process.at("alphas_cumprod", t, weights)
-            snr = alpha_bar / (1 - alpha_bar)
-            weighted = losses["mse"] * (snr.clamp(max=self.config.min_snr_gamma) / snr) + losses.get("vb", 0)
+        if self.config.snr_gamma:
+            weighted = losses["mse"] * self._snr_weights(t) + losses.get("vb", 0)
         return {**losses, "weighted": weighted * weights}
+
+    def _snr_weights(self, t: Tensor) -> Tensor:
+        alpha_bar = self.diffusion.process.at("alphas_cumprod", t, t)
+        snr = alpha_bar / (1 - alpha_bar)
+        if self.diffusion.model_mean_type is ModelMeanType.START_X:
+            return snr.clamp(1, self.config.snr_gamma)
+        return snr.clamp(max=self.config.snr_gamma) / snr
 
     def _log(self, since: list[dict[str, float]], images_per_s: float, bar: tqdm) -> None:
         means = {name: sum(entry[name] for entry in since) / len(since) for name in since[0]}

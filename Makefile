@@ -1,0 +1,20 @@
+# make demo   the embedded model, with and without self-attention guidance: runs/demo/comparison.png
+# make test   all tests and the style check
+PYTHON ?= python3
+BIN := .venv/bin
+# Waiting threads sleep: several times faster wherever the machine does anything else.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test
+demo: .venv/installed
+	$(BIN)/python scripts/demo.py
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.venv/installed: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[test]'
+	touch $@
