@@ -14,8 +14,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     if schedule_name == "linear":
         if steps < 20:
             raise ValueError(f"diffusion_steps: the linear schedule needs at least 20, got {steps}")
-        scale = 1000 / steps
-        return np.linspace(scale * 0.0001, scale * 0.02, steps, dtype=np.float64)
+        return 1000 / steps * np.linspace(0.0001, 0.02, steps, dtype=np.float64)
     if schedule_name == "cosine":
 
         def alpha_bar(time: float) -> float:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -131,10 +131,15 @@ def _encoder(
     return blocks, channels
 
 
+@cache
+def _say_no_fp16() -> None:
+    log.warning("use_fp16: half precision needs a GPU; going on in float32 on the CPU")
+
+
 def _convert_torso_to_fp16(network: nn.Module, torso: Sequence[nn.Module]) -> None:
     """Make the convolutions of `torso` half precision on a GPU; on a CPU, where that is 200 times slower, say so."""
     if next(network.parameters()).device.type == "cpu":
-        log.warning("use_fp16: half precision needs a GPU; going on in float32 on the CPU")
+        _say_no_fp16()
         return
     for part in torso:
         for module in part.modules():
@@ -171,8 +176,6 @@ class UNetModel(nn.Module):
     ):
         super().__init__()
         self.image_size = image_size
-        self.in_channels = in_channels
-        self.out_channels = out_channels
         self.model_channels = model_channels
         self.num_classes = num_classes
         self.num_heads = num_heads

@@ -44,6 +44,7 @@ def main() -> None:
             data,
             training,
             null_label=network_config.num_classes if has_null else None,
+            use_fp16=network_config.use_fp16,
         )
     if network_config.class_cond:
         Path(training.out_dir).mkdir(parents=True, exist_ok=True)

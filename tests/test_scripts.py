@@ -13,6 +13,7 @@ from PIL import Image
 
 from guided_diffusion.config import ClassifierConfig
 from guided_diffusion.script_util import build_classifier, create_model_and_diffusion
+from guided_diffusion.unet import _say_no_fp16
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 NETWORK = {
@@ -121,6 +122,15 @@ def test_labels(base, tmp_path):
 def test_ddim(base):
     run("image_sample", **base | {"timestep_respacing": "ddim4"}, use_ddim="True", ddim_eta="0.3")
     assert len(samples(base["out_dir"])[1]) == 5
+
+
+def test_half_precision_on_a_cpu_goes_on_in_float32_and_says_so_once(base, tmp_path, caplog):
+    run("image_sample", **base)
+    _say_no_fp16.cache_clear()
+    for name in ("one", "two"):
+        run("image_sample", **base | {"out_dir": tmp_path / name}, use_fp16="True")
+        assert np.array_equal(samples(base["out_dir"])[1], samples(tmp_path / name)[1])
+    assert caplog.text.count("use_fp16") == 1
 
 
 def test_the_classifier_moves_samples_and_goes_with_guidance(weights, base, tmp_path):

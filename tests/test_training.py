@@ -80,7 +80,7 @@ def loop_of(tmp_path, images, **settings):
     torch.manual_seed(0)
     network, diffusion = create_model_and_diffusion(**SMALL, class_cond=True, num_classes=2, null_label=True)
     defaults = TrainingConfig(
-        out_dir=str(tmp_path), batch_size=4, lr=1e-3, ema_rate=0.9, save_interval=3, log_interval=2
+        out_dir=str(tmp_path), batch_size=4, lr=1e-3, ema_rate="0.9,0.5", save_interval=3, log_interval=2
     )
 
     def batches():
@@ -129,8 +129,9 @@ def test_a_resumed_run_is_the_undisturbed_run(tmp_path):
     second.run()
     for ours, expected in zip(second.network.parameters(), whole.network.parameters(), strict=True):
         assert torch.equal(ours, expected)
-    for ours, expected in zip(second.ema.parameters(), whole.ema.parameters(), strict=True):
-        assert torch.equal(ours, expected)
+    for rate in (0.9, 0.5):
+        for ours, expected in zip(second.emas[rate].parameters(), whole.emas[rate].parameters(), strict=True):
+            assert torch.equal(ours, expected)
     assert load_state_dict(str(tmp_path / "parts" / "ema_0.9_000008.pt")).keys() == whole.network.state_dict().keys()
 
 
@@ -232,3 +233,20 @@ def test_loss_second_moment_sampler_prefers_large_losses_without_bias():
     torch.manual_seed(0)
     t, weights = sampler.sample(20000, torch.device("cpu"))
     assert (weights * losses[t]).mean().item() == pytest.approx(losses.mean().item(), rel=0.02)
+
+
+def test_ema_is_the_moving_average(tmp_path):
+    loop = loop_of(tmp_path, IMAGES)
+    weight = loop.network.out[2].weight
+    expected = weight.detach().clone()
+    for _ in range(3):
+        loop._train_step(*next(loop.data))
+        expected = 0.9 * expected + 0.1 * weight.detach()
+    torch.testing.assert_close(loop.emas[0.9].out[2].weight, expected)
+
+
+def test_half_precision_on_a_cpu_goes_on_without_and_says_so(tmp_path, caplog):
+    network, diffusion = create_model_and_diffusion(**SMALL)
+    loop = TrainLoop(network, diffusion, iter([]), TrainingConfig(out_dir=str(tmp_path)), use_fp16=True)
+    assert "use_fp16" in caplog.text
+    assert loop.autocast_dtype is None

@@ -45,8 +45,9 @@ class SelfAttentionGuidance(Guidance):
         return "corrected" if self.reference_heads is None else "reference"
 
     def record(self) -> AbstractContextManager[dict[AttentionBlock, Tensor]]:
-        heads = self.reference_heads
-        return record_attention(self.block, split=heads and partial(split_legacy, num_heads=heads))
+        if self.reference_heads is None:
+            return record_attention(self.block)
+        return record_attention(self.block, split=partial(split_legacy, num_heads=self.reference_heads))
 
     def difference(self, step: Step) -> Tensor:
         base = step.base

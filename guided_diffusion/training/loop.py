@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from guided_diffusion.checkpoints import load_state_dict, save_atomically
-from guided_diffusion.config import option
+from guided_diffusion.config import option, parse_value
 from guided_diffusion.denoiser import ModelMeanType
 from guided_diffusion.nn import update_ema
 from guided_diffusion.training.schedule_sampler import create_named_schedule_sampler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class TrainingConfig:
     lr_warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
     lr_anneal_steps: int = option(0, "train so many steps, the learning rate falling to 0; 0: no end, no fall")
     weight_decay: float = option(0.0, "weight decay of AdamW")
-    ema_rate: float = option(0.9999, "rate of the moving average of the weights")
+    ema_rate: str = option("0.9999", "rate of the moving average of the weights; several: 0.999,0.9999")
     schedule_sampler: str = option("uniform", "timesteps to train on: uniform or loss-second-moment")
     snr_gamma: float = option(
         0.0,
@@ -41,7 +44,8 @@ class TrainingConfig:
     label_dropout: float = option(0.0, "share of images trained without their label (needs null_label)")
     random_crop: bool = option(False, "crop at a random place and scale")
     random_flip: bool = option(True, "mirror half of the images")
-    bf16: bool = option(False, "bfloat16 autocast (CPU or GPU)")
+    bf16: bool = option(False, "bfloat16 autocast (CPU or GPU); use_fp16: float16, on a GPU only")
+    fp16_scale_growth: float = option(1e-3, "with use_fp16: log2 of the loss scale's growth per step")
     log_interval: int = option(50, "steps between lines of the log")
     save_interval: int = option(1000, "steps between checkpoints")
     resume_checkpoint: str = option("", "weights to begin with (.pt or .safetensors)")
@@ -53,8 +57,13 @@ class TrainingConfig:
                 raise ValueError(f"{name}: wanted more than 0, got {getattr(self, name)}")
         if self.snr_gamma and not self.snr_gamma >= 1:
             raise ValueError(f"snr_gamma: wanted 1 or more, or 0 for none, got {self.snr_gamma}")
-        if not 0 <= self.ema_rate < 1 or not 0 <= self.label_dropout < 1:
-            raise ValueError("ema_rate and label_dropout: wanted at least 0 and below 1")
+        for name, share in [("label_dropout", self.label_dropout), *(("ema_rate", rate) for rate in self.ema_rates)]:
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}: wanted at least 0 and below 1, got {share}")
+
+    @property
+    def ema_rates(self) -> list[float]:
+        return [parse_value(rate, float, "ema_rate") for rate in self.ema_rate.split(",")]
 
 
 class TrainLoop:
@@ -62,6 +71,7 @@ class TrainLoop:
 
     Everything needed to go on is in out_dir/checkpoint.pt, written atomically; `run` starts from it if it is there.
     The EMA is saved beside it as ema_RATE_STEP.pt, upstream's name. null_label: what a dropped label becomes.
+    use_fp16: float16 autocast with a scaled loss, on a GPU; on a CPU training goes on without and says so.
     """
 
     def __init__(
@@ -71,16 +81,24 @@ class TrainLoop:
         data: Iterator[tuple[Tensor, dict[str, Tensor]]],
         config: TrainingConfig,
         null_label: int | None = None,
+        use_fp16: bool = False,
     ):
         if config.label_dropout and null_label is None:
             raise ValueError("label_dropout: needs class_cond and null_label")
         self.network, self.diffusion, self.data, self.config = network, diffusion, data, config
         self.null_label = null_label
         self.device = next(network.parameters()).device
+        if use_fp16 and self.device.type == "cpu":
+            log.warning("use_fp16: half precision needs a GPU; going on without (bf16 works on a CPU)")
+            use_fp16 = False
+        self.autocast_dtype = torch.float16 if use_fp16 else torch.bfloat16 if config.bf16 else None
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, 2.0**20, 2.0**config.fp16_scale_growth, growth_interval=1, enabled=use_fp16
+        )
         self.out_dir = Path(config.out_dir)
         if config.resume_checkpoint:
             network.load_state_dict(load_state_dict(config.resume_checkpoint))
-        self.ema = copy.deepcopy(network).requires_grad_(False)
+        self.emas = {rate: copy.deepcopy(network).requires_grad_(False) for rate in config.ema_rates}
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.schedule_sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
         self.step = 0
@@ -134,14 +152,16 @@ class TrainLoop:
             share = len(x0) / len(images)
             if not losses["loss"].isfinite().all():
                 raise FloatingPointError(f"step {self.step}: the loss is not finite; go on from {self.checkpoint_path}")
-            (losses.pop("weighted").mean() * share).backward()
+            self.scaler.scale(losses.pop("weighted").mean() * share).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().mean().cpu() * share
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        update_ema(list(self.ema.parameters()), list(self.network.parameters()), self.config.ema_rate)
+        for rate, ema in self.emas.items():
+            update_ema(list(ema.parameters()), list(self.network.parameters()), rate)
         return {name: float(value) for name, value in totals.items()}
 
     def _losses(self, x0: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,7 +169,7 @@ class TrainLoop:
             dropped = torch.rand(len(x0), device=self.device) < self.config.label_dropout
             condition = {**condition, "y": condition["y"].masked_fill(dropped, self.null_label)}
         t, weights = self.schedule_sampler.sample(len(x0), self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             losses = self.diffusion.training_losses(self.network, x0, t, condition)
         self.schedule_sampler.update(t, losses["loss"].detach())
         weighted = losses["loss"]
@@ -174,24 +194,28 @@ class TrainLoop:
             print(" ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
 
     def save(self) -> None:
-        """Write checkpoint.pt and this step's EMA, each atomically."""
+        """Write checkpoint.pt and this step's EMAs, each atomically."""
         save_atomically(
             {
                 "step": self.step,
                 "network": self.network.state_dict(),
-                "ema": self.ema.state_dict(),
+                "emas": {str(rate): ema.state_dict() for rate, ema in self.emas.items()},
                 "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
                 "schedule_sampler": self.schedule_sampler.state_dict(),
                 "random_state": torch.get_rng_state(),
                 "config": asdict(self.config),
             },
             self.checkpoint_path,
         )
-        save_atomically(self.ema.state_dict(), self.out_dir / f"ema_{self.config.ema_rate}_{self.step:06d}.pt")
+        for rate, ema in self.emas.items():
+            save_atomically(ema.state_dict(), self.out_dir / f"ema_{rate}_{self.step:06d}.pt")
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
-        self.ema.load_state_dict(state["ema"])
+        for rate, ema in self.emas.items():
+            ema.load_state_dict(state["emas"].get(str(rate), state["network"]))
+        self.scaler.load_state_dict(state["scaler"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule_sampler.load_state_dict(state["schedule_sampler"])
         self.step = state["step"]
