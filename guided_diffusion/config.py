@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,8 @@ import blobfile as bf
 import yaml
 
 NUM_CLASSES = 1000
+
+log = logging.getLogger(__name__)
 
 
 def option(default: Any, help: str, path: bool = False) -> Any:
@@ -150,26 +153,43 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: wanted lines of key: value")
-    return values
+    return {key: value for key, value in values.items() if key not in NOTES}
 
 
-def _fields(groups: tuple[type, ...]) -> dict[str, tuple[dataclasses.Field, Any]]:
+OTHER_NAMES = {
+    "guide_scale": {"sag_scale"},
+    "sag_scale": {"guide_scale"},
+    "sel_attn_block": {"sag_block"},
+    "sel_attn_depth": {"sag_block"},
+}
+"""Flags that say the same in another way: a later layer's one replaces an earlier layer's other."""
+
+NOTES = {"paper", "published"}
+"""Keys of a configuration file that are for people and tables, not flags."""
+
+
+def _fields(groups: tuple[type, ...], without: Container[str] = ()) -> dict[str, tuple[dataclasses.Field, Any]]:
     found = {}
     for group in groups:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
-            found[field.name] = (field, hints[field.name])
+            if field.name not in without:
+                found[field.name] = (field, hints[field.name])
     return found
 
 
-def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]]) -> list[Any]:
+def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], without: Container[str] = ()) -> list[Any]:
     """An instance of every dataclass in `groups` from layers (source, {key: value}), the later one winning.
 
-    A ValueError names the source and the key that is unknown, and the nearest right one.
+    without: fields that are no keys here. A ValueError names the source and the key that is unknown, and the nearest
+    right one.
     """
-    fields = _fields(groups)
+    fields = _fields(groups, without)
     values = {}
     for source, layer in layers:
+        for key in layer:
+            for other in OTHER_NAMES.get(key, set()) - set(layer):
+                values.pop(other, None)
         for key, value in layer.items():
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, n=1)
@@ -182,23 +202,32 @@ def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]]) -> l
 
 
 def parse_args(
-    description: str, groups: tuple[type, ...], argv: list[str] | None = None, default_config: str | None = None
+    description: str,
+    groups: tuple[type, ...],
+    argv: list[str] | None = None,
+    default_config: str | None = None,
+    without: Container[str] = (),
 ) -> list[Any]:
-    """Command line to one instance of every dataclass in `groups`: defaults < `--config` file < flags."""
+    """Command line to one instance of every dataclass in `groups`: defaults < `--config` files < flags.
+
+    without: fields of the groups that are no flags here.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        default=default_config,
-        help="YAML file of settings, one `flag: value` a line; flags win over it"
+        action="append",
+        help="YAML file of settings, one `flag: value` a line; a later file wins, and flags win over files"
         + (f" (default: {default_config})" if default_config else ""),
     )
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
+            if field.name in without:
+                continue
             is_bool = bool in (hints[field.name], *typing.get_args(hints[field.name]))
             shown = "" if field.default in ("", None) else f" (default: {field.default})"
             section.add_argument(
@@ -209,12 +238,21 @@ def parse_args(
                 **({"nargs": "?", "const": "True"} if is_bool else {}),
             )
     flags = vars(parser.parse_args(argv))
-    config = flags.pop("config", None)
+    files = flags.pop("config", None) or ([default_config] if default_config else [])
     with exit_on_bad_input():
-        layers = [("command line", flags)]
-        if config:
-            layers.insert(0, (f"--config {config}", _from_folder(bf.dirname(config), read_yaml(config), groups)))
-        return merge(groups, *layers)
+        layers = [(f"--config {file}", _from_folder(bf.dirname(file), read_yaml(file), groups)) for file in files]
+        configs = merge(groups, *layers, ("command line", flags), without=without)
+        _warn(set(flags).union(*(layer for _, layer in layers)), configs)
+        return configs
+
+
+def _warn(given: set[str], configs: list[Any]) -> None:
+    for config in configs:
+        if isinstance(config, DiffusionConfig) and config.diffusion_steps > 1000 and "rescale_timesteps" not in given:
+            log.warning(
+                "rescale_timesteps is False as in guided-diffusion; a model of improved-diffusion trained with that "
+                "repository's default needs --rescale_timesteps True, or it samples noise"
+            )
 
 
 def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,17 @@ from guided_diffusion.config import GuidanceConfig, NetworkConfig, option, parse
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
 from guided_diffusion.guidance.classifier import with_classifier
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
+from guided_diffusion.inspection import wrong_flags
 from guided_diffusion.noise import SampleNoise, check_seed, sample_labels
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import State
 from guided_diffusion.script_util import build_guidance
+from guided_diffusion.unet import UNetModel
 
 GRID_SAMPLES = 64
+
+ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
+"""The condition of samples by their indices, rows first, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +69,16 @@ def device_of_this_process() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def ready(network: torch.nn.Module, path: str, use_fp16: bool, device: torch.device) -> torch.nn.Module:
-    """The network filled from `path`, on the device, ready to sample."""
-    load_into(network, path)
-    network.to(device).eval().requires_grad_(False)
-    if use_fp16:
+def ready(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> None:
+    """Fill a network (built on the meta device) from `path` and make it ready to sample on the device.
+
+    A ValueError names the flags that do not fit the file.
+    """
+    explain = partial(wrong_flags, network=config, image_size=network.image_size, learn_sigma=learn_sigma)
+    load_into(network, path, device, explain)
+    network.eval().requires_grad_(False)
+    if config.use_fp16:
         network.convert_to_fp16()
-    return network
 
 
 def choose_labels(labels: str, seed: int, indices: Sequence[int], num_classes: int, null_label: bool) -> Tensor:
@@ -87,38 +96,42 @@ def choose_labels(labels: str, seed: int, indices: Sequence[int], num_classes: i
     return torch.tensor([given[index % len(given)] for index in indices])
 
 
+def class_condition(config: SamplingConfig, network: NetworkConfig, null_label: bool) -> ConditionOf:
+    """The classes of samples, `{"y": [N]}`, as --labels asks; a ValueError where that flag is wrong.
+
+    null_label: whether "none" is a possible class.
+    """
+
+    def condition_of(indices: Sequence[int]) -> dict[str, Tensor]:
+        return {"y": choose_labels(config.labels, config.seed, indices, network.num_classes, null_label)}
+
+    condition_of([0])
+    return condition_of
+
+
+def unconditional(_indices: Sequence[int]) -> dict[str, Tensor]:
+    """The condition of samples without one."""
+    return {}
+
+
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Everything that makes sample i, but i itself."""
+    """Everything that makes sample i, but i itself. side: of the images; condition_of: what sample i is made of."""
 
     config: SamplingConfig
-    network_config: NetworkConfig
+    side: int
     network: Callable[..., Tensor]
     diffusion: SpacedDiffusion
     device: torch.device
+    condition_of: ConditionOf = unconditional
     guidances: Sequence[Guidance] = ()
     cond_fn: Callable[..., Tensor] | None = None
-
-    @property
-    def conditional(self) -> bool:
-        """Whether samples have a class."""
-        return self.network_config.class_cond or self.cond_fn is not None
-
-    def labels(self, indices: Sequence[int]) -> Tensor | None:
-        """The classes of samples, [N] int64, or None without classes; a ValueError where the flag is wrong."""
-        if not self.conditional:
-            return None
-        network = self.network_config
-        null_label = network.null_label and network.class_cond and self.cond_fn is None
-        return choose_labels(self.config.labels, self.config.seed, indices, network.num_classes, null_label)
 
     def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
         """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
         config, process = self.config, self.diffusion.process
-        side = self.network_config.image_size
-        noise = SampleNoise(config.seed, indices, (3, side, side), self.device)
-        labels = self.labels(indices)
-        condition = {} if labels is None else {"y": labels.to(self.device)}
+        noise = SampleNoise(config.seed, indices, (3, self.side, self.side), self.device)
+        condition = {name: rows.to(self.device) for name, rows in self.condition_of(indices).items()}
         guided = GuidedDenoiser(self.diffusion.denoiser(self.network, config.clip_denoised), process, self.guidances)
         denoiser = with_classifier(guided, self.cond_fn) if self.cond_fn else guided
         if config.use_ddim:
@@ -129,7 +142,7 @@ class Sampler:
             yield state, guided
 
 
-def guidances_of(config: GuidanceConfig, network: torch.nn.Module) -> list[SelfAttentionGuidance]:
+def guidances_of(config: GuidanceConfig, network: UNetModel) -> list[SelfAttentionGuidance]:
     """The guidance that flags ask for; checked also where its scale is 0, unless all flags are at their defaults."""
     return [] if config == GuidanceConfig() else [build_guidance(network, config)]
 
@@ -207,8 +220,8 @@ def run(
                 bar.update()
             images.append(pictures.to_uint8(state.x))
             evaluations += guided.evaluations * len(indices) / config.num_samples
-            if sampler.conditional:
-                labels.append(sampler.labels(indices).numpy())
+            if (y := state.prediction.condition.get("y")) is not None:
+                labels.append(y.cpu().numpy())
     seconds = time.perf_counter() - started
     samples = np.concatenate(images)
     path = save_samples(folder, samples, np.concatenate(labels) if labels else None)

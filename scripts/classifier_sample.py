@@ -7,7 +7,11 @@ Like image_sample.py, with a noisy-image classifier: it pulls every sample to it
 """
 
 from dataclasses import dataclass
+from functools import partial
 
+import torch
+
+from guided_diffusion.checkpoints import load_into
 from guided_diffusion.config import (
     ClassifierConfig,
     DiffusionConfig,
@@ -18,15 +22,18 @@ from guided_diffusion.config import (
     parse_args,
 )
 from guided_diffusion.guidance.classifier import classifier_gradient
+from guided_diffusion.inspection import wrong_flags
 from guided_diffusion.sampling import (
     Sampler,
     SamplingConfig,
+    class_condition,
     describe_guidance,
     device_of_this_process,
     guidances_of,
     ready,
     resolved,
     run,
+    unconditional,
 )
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_network
 
@@ -59,21 +66,29 @@ def main() -> None:
     )
     configs = parse_args(__doc__, groups)
     sampling, guidance, by_classifier, network_config, diffusion_config, classifier_config = configs
+    image_size = network_config.image_size
     with exit_on_bad_input():
         device = device_of_this_process()
         diffusion = build_diffusion(diffusion_config)
-        network = build_network(network_config, diffusion_config.learn_sigma)
+        with torch.device("meta"):
+            network = build_network(network_config, diffusion_config.learn_sigma)
+            classifier = build_classifier(image_size, classifier_config, network_config.num_classes)
         guidances = guidances_of(guidance, network)
-        cond_fn = None
+        condition_of, cond_fn = unconditional, None
         if by_classifier.on:
-            classifier = build_classifier(network_config.image_size, classifier_config, network_config.num_classes)
-            ready(classifier, by_classifier.classifier_path, classifier_config.classifier_use_fp16, device)
+            explain = partial(wrong_flags, network=classifier_config, image_size=image_size)
+            load_into(classifier, by_classifier.classifier_path, device, explain)
+            classifier.eval().requires_grad_(False)
+            if classifier_config.classifier_use_fp16:
+                classifier.convert_to_fp16()
             cond_fn = classifier_gradient(classifier, by_classifier.classifier_scale)
-        # The classifier needs labels also where the network takes none.
-        network_fn = network if network_config.class_cond else lambda x, t, y=None: network(x, t)
-        sampler = Sampler(sampling, network_config, network_fn, diffusion, device, guidances, cond_fn)
-        sampler.labels([0])
-        ready(network, sampling.model_path, network_config.use_fp16, device)
+        if network_config.class_cond or cond_fn:
+            has_null = network_config.class_cond and network_config.null_label and not cond_fn
+            condition_of = class_condition(sampling, network_config, has_null)
+        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    # The classifier needs labels also where the network takes none.
+    network_fn = network if network_config.class_cond else lambda x, t, y=None: network(x, t)
+    sampler = Sampler(sampling, image_size, network_fn, diffusion, device, condition_of, guidances, cond_fn)
     line = describe_guidance(guidance, guidances, diffusion.num_timesteps)
     if cond_fn:
         line += f"; classifier guidance: scale {by_classifier.classifier_scale:g}"

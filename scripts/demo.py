@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from guided_diffusion import pictures
 from guided_diffusion.checkpoints import write_atomically
@@ -17,11 +18,13 @@ from guided_diffusion.config import DiffusionConfig, GuidanceConfig, NetworkConf
 from guided_diffusion.sampling import (
     Sampler,
     SamplingConfig,
+    class_condition,
     describe_guidance,
     device_of_this_process,
     ready,
     resolved,
     run,
+    unconditional,
 )
 from guided_diffusion.script_util import build_diffusion, build_guidance, build_network
 
@@ -53,13 +56,15 @@ def main() -> None:
             raise ValueError("sag_scale: the demo compares with guidance, give a strength other than 0")
         device = device_of_this_process()
         diffusion = build_diffusion(diffusion_config)
-        network = build_network(network_config, diffusion_config.learn_sigma)
+        with torch.device("meta"):
+            network = build_network(network_config, diffusion_config.learn_sigma)
         guidance = build_guidance(network, guidance_config)
-        sampler = Sampler(
-            replace(sampling, out_dir=str(out_dir / "guided")), network_config, network, diffusion, device
-        )
-        sampler.labels([0])
-        ready(network, sampling.model_path, network_config.use_fp16, device)
+        condition_of = unconditional
+        if network_config.class_cond:
+            condition_of = class_condition(sampling, network_config, network_config.null_label)
+        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    guided_config = replace(sampling, out_dir=str(out_dir / "guided"))
+    sampler = Sampler(guided_config, network_config.image_size, network, diffusion, device, condition_of)
 
     side, steps = network_config.image_size, diffusion.num_timesteps
     selected = np.zeros((sampling.num_samples, side, side))

@@ -6,16 +6,20 @@ manifest.json. The embedded model, guided:
   python scripts/image_sample.py --config configs/emoji.yaml --num_samples 16 --sag_scale 1.0
 """
 
+import torch
+
 from guided_diffusion.config import DiffusionConfig, GuidanceConfig, NetworkConfig, exit_on_bad_input, parse_args
 from guided_diffusion.sampling import (
     Sampler,
     SamplingConfig,
+    class_condition,
     describe_guidance,
     device_of_this_process,
     guidances_of,
     ready,
     resolved,
     run,
+    unconditional,
 )
 from guided_diffusion.script_util import build_diffusion, build_network
 
@@ -26,11 +30,14 @@ def main() -> None:
     with exit_on_bad_input():
         device = device_of_this_process()
         diffusion = build_diffusion(diffusion_config)
-        network = build_network(network_config, diffusion_config.learn_sigma)
+        with torch.device("meta"):
+            network = build_network(network_config, diffusion_config.learn_sigma)
         guidances = guidances_of(guidance, network)
-        sampler = Sampler(sampling, network_config, network, diffusion, device, guidances)
-        sampler.labels([0])
-        ready(network, sampling.model_path, network_config.use_fp16, device)
+        condition_of = unconditional
+        if network_config.class_cond:
+            condition_of = class_condition(sampling, network_config, network_config.null_label)
+        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    sampler = Sampler(sampling, network_config.image_size, network, diffusion, device, condition_of, guidances)
     run(sampler, resolved(*configs), describe_guidance(guidance, guidances, diffusion.num_timesteps))
 
 

@@ -15,7 +15,9 @@ MAY_IMPORT = {
     "nn": set(),
     "process": set(),
     "noise": set(),
-    "checkpoints": set(),
+    "fetch": set(),
+    "checkpoints": {"fetch"},
+    "inspection": {"config", "script_util"},
     "pictures": {"checkpoints"},
     "denoiser": {"process"},
     "attention": {"nn"},
@@ -30,7 +32,7 @@ MAY_IMPORT = {
     },
     "sampling": {
         "config", "checkpoints", "noise", "pictures", "process", "denoiser", "guidance", "samplers", "respace",
-        "script_util", "__init__",
+        "script_util", "unet", "inspection", "__init__",
     },
 }  # fmt: skip
 
