@@ -46,7 +46,7 @@ def local_path(path: str) -> Path:
         return Path(path)
     address = urllib.parse.urlsplit(path)
     file = cache_folder() / address.netloc / address.path.lstrip("/")
-    if not file.name:
+    if not address.path or address.path.endswith("/"):
         raise ValueError(f"{path}: names no file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

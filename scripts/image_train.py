@@ -28,7 +28,8 @@ def main() -> None:
         classes = class_names(list_image_files(training.data_dir))
         if network_config.class_cond and len(classes) > network_config.num_classes:
             raise ValueError(f"num_classes: {network_config.num_classes}, but data_dir has {len(classes)} classes")
-        network = build_network(network_config, diffusion_config.learn_sigma).to(device)
+        network = build_network(network_config, diffusion_config.learn_sigma)
+        network.to(device, memory_format=torch.channels_last)
         data = load_data(
             data_dir=training.data_dir,
             batch_size=training.batch_size,

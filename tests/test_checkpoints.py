@@ -43,6 +43,14 @@ def damaged_zip(path):
     path.write_bytes(data)
 
 
+def optimizer_state(path):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), path)
+
+
 WRONG = {
     "hostile.pt": lambda path: torch.save({"weight": Hostile()}, path),
     "pickle.pt": lambda path: path.write_bytes(pickle.dumps(Hostile())),
@@ -77,9 +85,55 @@ def test_truncated_files_are_refused(tmp_path, suffix):
             load_state_dict(str(path))
 
 
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
+def test_a_missing_file_is_refused_and_what_lies_beside_it_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no such file\)"):
         load_state_dict(str(tmp_path / "none.pt"))
+    (tmp_path / "ema_0.9999_020000.pt").touch()
+    (tmp_path / "opt020000.pt").touch()
+    with pytest.raises(ValueError, match=r"no such file; beside it: ema_0.9999_020000.pt\)"):
+        load_state_dict(str(tmp_path / "model020000.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "said"),
+    [
+        ("opt000010.pt", optimizer_state, "an optimizer's state"),
+        ("run.pt", lambda path: torch.save({"step": 1, "network": STATE, "emas": {}}, path), "ema_….pt beside it"),
+        ("two.pt", lambda path: torch.save({"model": STATE, "ema": STATE}, path), r"several networks \(model, ema\)"),
+        ("lfs.pt", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"), "Git LFS pointer"),
+        ("page.pt", lambda path: path.write_text("\n<!doctype html><html>"), "a web page"),
+        ("page.safetensors", lambda path: path.write_text("<HTML>"), "a web page"),
+    ],
+)
+def test_what_it_is_instead_is_said(tmp_path, name, write, said):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=said):
+        load_state_dict(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        {"state_dict": STATE, "epoch": 3},
+        {"model": STATE, "args": {"lr": 1}},
+        {f"module.{name}": tensor for name, tensor in STATE.items()},
+        {"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}},
+    ],
+)
+def test_wrappers_are_taken_off(tmp_path, wrapped):
+    torch.save(wrapped, tmp_path / "wrapped.pt")
+    same(load_state_dict(str(tmp_path / "wrapped.pt")))
+
+
+def test_half_precision_weights_fill_a_float32_network_from_meta(tmp_path):
+    save_file({name: tensor.half() for name, tensor in STATE.items()}, tmp_path / "half.safetensors")
+    with torch.device("meta"):
+        network = torch.nn.Linear(3, 2)
+    load_into(network, str(tmp_path / "half.safetensors"))
+    assert network.weight.dtype is torch.float32
+    assert torch.equal(network.weight, STATE["weight"])
+    (tmp_path / "half.safetensors").unlink()  # nothing may still be mapped from it
+    assert network.weight.sum() == 15
 
 
 def test_what_does_not_fit_is_named(tmp_path):

@@ -39,6 +39,45 @@ def test_an_empty_value_is_none():
     assert guidance.sag_scale is None
 
 
+def test_a_later_file_wins_and_notes_are_for_people(tmp_path):
+    (tmp_path / "one.yaml").write_text("image_size: 128\nnum_heads: 2\npublished: [{fid: 1}]\npaper: Table 1\n")
+    (tmp_path / "two.yaml").write_text("image_size: 64\n")
+    argv = ["--config", str(tmp_path / "one.yaml"), "--config", str(tmp_path / "two.yaml")]
+    network, _, _ = parse_args("", GROUPS, argv)
+    assert (network.image_size, network.num_heads) == (64, 2)
+
+
+def test_a_flag_replaces_the_other_name_in_a_file(tmp_path):
+    (tmp_path / "one.yaml").write_text("sag_scale: 0.5\nsag_block: output_blocks.2.1\n")
+    argv = ["--config", str(tmp_path / "one.yaml")]
+    *_, guidance = parse_args("", GROUPS, argv)
+    assert (guidance.scale, guidance.block_name) == (0.5, "output_blocks.2.1")
+    *_, guidance = parse_args("", GROUPS, [*argv, "--guide_scale", "1.25", "--sel_attn_depth", "7"])
+    assert (guidance.scale, guidance.block_name) == (0.25, "output_blocks.7.1")
+    *_, guidance = parse_args("", GROUPS, [*argv, "--guide_scale", "1", "--sel_attn_block", "middle"])
+    assert (guidance.scale, guidance.block_name) == (0, "middle_block.1")
+
+
+def test_timesteps_of_improved_diffusion_are_asked_about(caplog):
+    for given, warned in [([], False), (["--diffusion_steps", "4000"], True)]:
+        caplog.clear()
+        parse_args("", GROUPS, given)
+        assert ("rescale_timesteps" in caplog.text) == warned
+    caplog.clear()
+    parse_args("", GROUPS, ["--diffusion_steps", "4000", "--rescale_timesteps", "False"])
+    assert not caplog.text
+
+
+def test_fields_can_be_left_out(capsys):
+    network, _, _ = parse_args("", GROUPS, ["--num_heads", "2"], without=("image_size",))
+    assert network.num_heads == 2
+    with pytest.raises(SystemExit):
+        parse_args("", GROUPS, ["--image_size", "64"], without=("image_size",))
+    assert "--image_size" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown key 'image_size'"):
+        merge(GROUPS, ("file", {"image_size": 64}), without=("image_size",))
+
+
 def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
