@@ -1,5 +1,6 @@
 """Reading and writing weights safely: nothing that can execute code is loaded, nothing half-written is left."""
 
+import logging
 import os
 import re
 import tempfile
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from guided_diffusion.fetch import local_path
 
 State = dict[str, Tensor]
+
+log = logging.getLogger(__name__)
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -53,8 +56,10 @@ def load_state_dict(path: str) -> State:
             head = stream.read(64)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        reason = f"no such file{_beside(file)}" if missing else error.strerror or type(error).__name__
+        reason = f"no such file{_beside(file, 'ema_', 'model')}" if missing else error.strerror or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({reason})") from None
+    if file.name.startswith("model") and (ema := _beside(file, "ema_")):
+        log.warning("%s: the weights as trained; their moving average samples better%s", path, ema)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
     if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
@@ -106,11 +111,11 @@ def _state_of(loaded: Any, path: str) -> State:
     return loaded
 
 
-def _beside(file: Path) -> str:
-    """What of upstream's other names for the weights of the same step lies beside a missing file."""
+def _beside(file: Path, *beginnings: str) -> str:
+    """Which files of the same step, named as upstream does, lie beside `file`, for a sentence about it."""
     step = re.search(r"(\d{6,})\.pt$", file.name)
     others = sorted(path.name for path in file.parent.glob(f"*{step[1]}.pt")) if step and file.parent.is_dir() else []
-    others = [name for name in others if name.startswith(("ema_", "model"))]
+    others = [name for name in others if name.startswith(beginnings)]
     return f"; beside it: {', '.join(others)}" if others else ""
 
 

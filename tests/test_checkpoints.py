@@ -94,6 +94,17 @@ def test_a_missing_file_is_refused_and_what_lies_beside_it_named(tmp_path):
         load_state_dict(str(tmp_path / "model020000.pt"))
 
 
+def test_the_moving_average_beside_is_mentioned(tmp_path, caplog):
+    save_atomically(STATE, tmp_path / "model000010.pt")
+    load_state_dict(str(tmp_path / "model000010.pt"))
+    assert not caplog.text
+    save_atomically(STATE, tmp_path / "ema_0.99_000010.pt")
+    load_state_dict(str(tmp_path / "ema_0.99_000010.pt"))
+    assert not caplog.text
+    load_state_dict(str(tmp_path / "model000010.pt"))
+    assert "beside it: ema_0.99_000010.pt" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "write", "said"),
     [

@@ -6,9 +6,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import SMALL
+from runs import run
 
 from guided_diffusion import fetch
 from guided_diffusion.checkpoints import load_state_dict, save_atomically
+from guided_diffusion.script_util import create_model_and_diffusion
 
 DATA = bytes(range(256)) * 20000
 
@@ -157,3 +160,18 @@ def test_a_checkpoint_loads_by_address(server, tmp_path):
     server.data = b"<!DOCTYPE html><html>sign in</html>"
     with pytest.raises(ValueError, match="a web page"):
         load_state_dict(server.url("page.pt"))
+
+
+def test_a_configuration_alone_is_enough(server, tmp_path):
+    network, _ = create_model_and_diffusion(**SMALL)
+    save_atomically(network.state_dict(), tmp_path / "w.pt")
+    server.data = (tmp_path / "w.pt").read_bytes()
+    lines = [f"{key}: {json.dumps(value)}" for key, value in SMALL.items()]
+    (tmp_path / "one.yaml").write_text("\n".join([*lines, f"model_path: {server.url('w.pt')}", "num_samples: 1"]))
+    for attempt in ("first", "second"):
+        run("image_sample", config=tmp_path / "one.yaml", out_dir=tmp_path / attempt)
+        assert (tmp_path / attempt / "samples_1x16x16x3.npz").exists()
+    assert len(server.asked) == 1
+    server.data = b"other"
+    run("image_sample", config=tmp_path / "one.yaml", model_path=tmp_path / "w.pt", out_dir=tmp_path / "own")
+    assert len(server.asked) == 1
