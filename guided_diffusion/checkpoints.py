@@ -1,13 +1,11 @@
 """Reading and writing weights safely: nothing that can execute code is loaded, nothing half-written is left."""
 
 import logging
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,27 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from guided_diffusion.fetch import local_path
+from guided_diffusion.files import write_atomically
 
 State = dict[str, Tensor]
 
 log = logging.getLogger(__name__)
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there: the whole file or none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save_atomically(state: Any, path: str | Path) -> None:

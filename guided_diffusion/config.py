@@ -6,7 +6,6 @@ import difflib
 import logging
 import math
 import os
-import sys
 import types
 import typing
 from collections.abc import Container, Iterator, Mapping
@@ -19,6 +18,19 @@ import yaml
 NUM_CLASSES = 1000
 
 log = logging.getLogger(__name__)
+
+
+class BadInput(SystemExit):
+    """What the user gave is wrong: one sentence, exit status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(2)
+        self.message = message
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise BadInput(f"{message} (--help lists the flags)")
 
 
 def option(default: Any, help: str, path: bool = False) -> Any:
@@ -212,9 +224,7 @@ def parse_args(
 
     without: fields of the groups that are no flags here.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -268,9 +278,8 @@ def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) 
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Turn a ValueError or OSError inside into one line on stderr and exit status 2: for what the user gave."""
+    """Turn a ValueError or OSError inside into `BadInput`: for what the user gave."""
     try:
         yield
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
+        raise BadInput(" ".join(str(error).split())) from None

@@ -16,6 +16,8 @@ from typing import BinaryIO
 import blobfile as bf
 from tqdm import tqdm
 
+from guided_diffusion.files import is_address
+
 CHUNK = 2**20
 TIMEOUT_S = 60
 
@@ -23,11 +25,6 @@ bf.configure(retry_limit=2, log_callback=lambda message: None)
 
 Source = tuple[BinaryIO, int, int | None]
 """An open stream, the offset it begins at, and the size of the whole file if it is known."""
-
-
-def is_address(path: str) -> bool:
-    """Whether `path` names a remote file (https://, gs://, az://, …)."""
-    return "://" in path
 
 
 def cache_folder() -> Path:

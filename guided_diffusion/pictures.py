@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from guided_diffusion.checkpoints import write_atomically
+from guided_diffusion.files import write_atomically
 
 WHITE = 255
 

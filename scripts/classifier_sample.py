@@ -23,16 +23,16 @@ from guided_diffusion.config import (
 )
 from guided_diffusion.guidance.classifier import classifier_gradient
 from guided_diffusion.inspection import wrong_flags
+from guided_diffusion.parallel import launch, start
+from guided_diffusion.run import run
 from guided_diffusion.sampling import (
     Sampler,
     SamplingConfig,
     class_condition,
     describe_guidance,
-    device_of_this_process,
     guidances_of,
     ready,
     resolved,
-    run,
     unconditional,
 )
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_network
@@ -65,10 +65,11 @@ def main() -> None:
         ClassifierConfig,
     )
     configs = parse_args(__doc__, groups)
+    job = start()
     sampling, guidance, by_classifier, network_config, diffusion_config, classifier_config = configs
     image_size = network_config.image_size
     with exit_on_bad_input():
-        device = device_of_this_process()
+        device = job.device
         diffusion = build_diffusion(diffusion_config)
         with torch.device("meta"):
             network = build_network(network_config, diffusion_config.learn_sigma)
@@ -92,8 +93,8 @@ def main() -> None:
     line = describe_guidance(guidance, guidances, diffusion.num_timesteps)
     if cond_fn:
         line += f"; classifier guidance: scale {by_classifier.classifier_scale:g}"
-    run(sampler, resolved(*configs), line)
+    run(sampler, resolved(*configs), line, job)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

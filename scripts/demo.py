@@ -13,17 +13,17 @@ import numpy as np
 import torch
 
 from guided_diffusion import pictures
-from guided_diffusion.checkpoints import write_atomically
 from guided_diffusion.config import DiffusionConfig, GuidanceConfig, NetworkConfig, exit_on_bad_input, parse_args
+from guided_diffusion.files import write_atomically
+from guided_diffusion.parallel import Job, launch
+from guided_diffusion.run import run
 from guided_diffusion.sampling import (
     Sampler,
     SamplingConfig,
     class_condition,
     describe_guidance,
-    device_of_this_process,
     ready,
     resolved,
-    run,
     unconditional,
 )
 from guided_diffusion.script_util import build_diffusion, build_guidance, build_network
@@ -50,11 +50,12 @@ def main() -> None:
     groups = (SamplingConfig, GuidanceConfig, NetworkConfig, DiffusionConfig)
     configs = parse_args(__doc__, groups, default_config=str(CONFIG))
     sampling, guidance_config, network_config, diffusion_config = configs
+    job = Job()
     out_dir = Path(sampling.out_dir or "runs/demo")
     with exit_on_bad_input():
         if guidance_config.scale == 0:
             raise ValueError("sag_scale: the demo compares with guidance, give a strength other than 0")
-        device = device_of_this_process()
+        device = job.device
         diffusion = build_diffusion(diffusion_config)
         with torch.device("meta"):
             network = build_network(network_config, diffusion_config.learn_sigma)
@@ -63,7 +64,8 @@ def main() -> None:
         if network_config.class_cond:
             condition_of = class_condition(sampling, network_config, network_config.null_label)
         ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
-    guided_config = replace(sampling, out_dir=str(out_dir / "guided"))
+    # The masks are seen while samples are made, so none are taken over from an earlier run.
+    guided_config = replace(sampling, out_dir=str(out_dir / "guided"), overwrite=True)
     sampler = Sampler(guided_config, network_config.image_size, network, diffusion, device, condition_of)
 
     side, steps = network_config.image_size, diffusion.num_timesteps
@@ -76,19 +78,23 @@ def main() -> None:
             selected[list(indices)] += guidance.mask(guided.last_step)[:, 0].cpu().numpy()
             guided_steps += len(indices)
 
-    unguided_config = replace(sampling, out_dir=str(out_dir / "unguided"))
+    unguided_config = replace(guided_config, out_dir=str(out_dir / "unguided"))
     unguided_guidance = replace(guidance_config, guide_scale=1.0, sag_scale=None)
-    unguided, unguided_run = run(
+    store, unguided_run = run(
         replace(sampler, config=unguided_config),
         resolved(unguided_config, unguided_guidance, network_config, diffusion_config),
         describe_guidance(unguided_guidance, [], steps),
+        job,
     )
-    guided, guided_run = run(
+    unguided = store.first(sampling.num_samples)
+    store, guided_run = run(
         replace(sampler, guidances=[guidance]),
-        resolved(sampler.config, guidance_config, network_config, diffusion_config),
+        resolved(guided_config, guidance_config, network_config, diffusion_config),
         describe_guidance(guidance_config, [guidance], steps),
+        job,
         count_masks,
     )
+    guided = store.first(sampling.num_samples)
 
     steps_per_sample = max(1.0, guided_steps / sampling.num_samples)
     pictures.save_png(comparison(unguided, selected / steps_per_sample, guided), out_dir / "comparison.png")
@@ -110,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

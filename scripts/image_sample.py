@@ -9,16 +9,16 @@ manifest.json. The embedded model, guided:
 import torch
 
 from guided_diffusion.config import DiffusionConfig, GuidanceConfig, NetworkConfig, exit_on_bad_input, parse_args
+from guided_diffusion.parallel import launch, start
+from guided_diffusion.run import run
 from guided_diffusion.sampling import (
     Sampler,
     SamplingConfig,
     class_condition,
     describe_guidance,
-    device_of_this_process,
     guidances_of,
     ready,
     resolved,
-    run,
     unconditional,
 )
 from guided_diffusion.script_util import build_diffusion, build_network
@@ -27,8 +27,9 @@ from guided_diffusion.script_util import build_diffusion, build_network
 def main() -> None:
     groups = (SamplingConfig, GuidanceConfig, NetworkConfig, DiffusionConfig)
     sampling, guidance, network_config, diffusion_config = configs = parse_args(__doc__, groups)
+    job = start()
     with exit_on_bad_input():
-        device = device_of_this_process()
+        device = job.device
         diffusion = build_diffusion(diffusion_config)
         with torch.device("meta"):
             network = build_network(network_config, diffusion_config.learn_sigma)
@@ -38,8 +39,8 @@ def main() -> None:
             condition_of = class_condition(sampling, network_config, network_config.null_label)
         ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
     sampler = Sampler(sampling, network_config.image_size, network, diffusion, device, condition_of, guidances)
-    run(sampler, resolved(*configs), describe_guidance(guidance, guidances, diffusion.num_timesteps))
+    run(sampler, resolved(*configs), describe_guidance(guidance, guidances, diffusion.num_timesteps), job)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from guided_diffusion.config import DiffusionConfig, NetworkConfig, exit_on_bad_input, parse_args
+from guided_diffusion.parallel import launch
 from guided_diffusion.script_util import build_diffusion, build_network
 from guided_diffusion.training.data import class_names, list_image_files, load_data
 from guided_diffusion.training.loop import TrainingConfig, TrainLoop
@@ -59,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -10,6 +10,7 @@ import argparse
 from guided_diffusion.checkpoints import load_state_dict
 from guided_diffusion.config import exit_on_bad_input
 from guided_diffusion.inspection import NOT_IN_SHAPES, inspect
+from guided_diffusion.parallel import launch
 
 
 def main() -> None:
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

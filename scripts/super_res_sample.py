@@ -6,7 +6,6 @@ labels), which are used round and round. Writes samples_NxHxWx3.npz, grid.png, c
   python scripts/super_res_sample.py --config configs/adm_upsampler_64_256.yaml --base_samples 64_samples.npz
 """
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,18 +14,19 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.config import DiffusionConfig, NetworkConfig, exit_on_bad_input, option, parse_args
+from guided_diffusion.files import read_arrays
+from guided_diffusion.parallel import launch, start
+from guided_diffusion.run import run
 from guided_diffusion.sampling import (
     ConditionOf,
     Sampler,
     SamplingConfig,
-    device_of_this_process,
     ready,
     resolved,
-    run,
 )
 from guided_diffusion.script_util import sr_create_model_and_diffusion
 
-NOT_HERE = ("image_size", "channel_mult", "labels")
+NOT_HERE = ("image_size", "channel_mult", "labels", "balanced_labels")
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,33 @@ class SuperResolutionConfig:
 
     large_size: int = option(256, "side of the images to make")
     small_size: int = option(64, "side of the images to begin with")
-    base_samples: str = option("", "npz of the images to begin with: arr_0 uint8 [N, H, W, 3], arr_1 labels")
+    base_samples: str = option("", "npz of the images to begin with: arr_0 uint8 [N, H, W, 3], arr_1 labels", path=True)
 
 
 def base_condition(path: str, small_size: int, num_classes: int | None) -> ConditionOf:
     """low_res in [−1, 1], and y where the network has classes, of the images in an npz; a ValueError if wrong."""
+    wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]] = {
+        "arr_0": (np.dtype(np.uint8), (None, small_size, small_size, 3))
+    }
+    if num_classes is not None:
+        wanted["arr_1"] = (np.dtype(np.int64), (None,))
     try:
-        with np.load(path, allow_pickle=False) as file:
-            images = file["arr_0"]
-            labels = file["arr_1"] if num_classes is not None else None
+        with open(path, "rb") as file:
+            arrays = read_arrays(file, wanted)
     except FileNotFoundError:
         raise ValueError(f"base_samples: no such file {path!r}") from None
-    except KeyError as error:
-        raise ValueError(f"base_samples: {path} has no {error.args[0]}") from None
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile):
-        raise ValueError(f"base_samples: {path} is not an npz of arrays") from None
-    wanted = (small_size, small_size, 3)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != wanted or not len(images):
-        raise ValueError(
-            f"base_samples: {path}: arr_0: wanted uint8 [N, {small_size}, {small_size}, 3], "
-            f"got {images.dtype} {list(images.shape)}"
-        )
-    if labels is not None and (
-        labels.shape != images.shape[:1]
-        or labels.dtype.kind not in "iu"
-        or not (0 <= labels.min() <= labels.max() < num_classes)
-    ):
+    except ValueError as error:
+        raise ValueError(f"base_samples: {path}: {error}") from None
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
+    if not len(images):
+        raise ValueError(f"base_samples: {path}: holds no image")
+    if labels is not None and not (len(labels) == len(images) and 0 <= labels.min() <= labels.max() < num_classes):
         raise ValueError(f"base_samples: {path}: arr_1: wanted one label from 0 to {num_classes - 1} for each image")
 
     def condition_of(indices: Sequence[int]) -> dict[str, Tensor]:
         rows = np.asarray(indices) % len(images)
         low_res = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"low_res": low_res} | ({} if labels is None else {"y": torch.from_numpy(labels[rows].astype(np.int64))})
+        return {"low_res": low_res} | ({} if labels is None else {"y": torch.from_numpy(labels[rows])})
 
     return condition_of
 
@@ -74,12 +69,13 @@ def base_condition(path: str, small_size: int, num_classes: int | None) -> Condi
 def main() -> None:
     groups = (SamplingConfig, SuperResolutionConfig, NetworkConfig, DiffusionConfig)
     configs = parse_args(__doc__, groups, without=NOT_HERE)
+    job = start()
     sampling, sizes, network_config, diffusion_config = configs
     settings = {key: value for key, value in resolved(*configs).items() if key not in NOT_HERE}
     with exit_on_bad_input():
         if not sizes.base_samples:
             raise ValueError("base_samples: give the npz of the images to begin with")
-        device = device_of_this_process()
+        device = job.device
         with torch.device("meta"):
             network, diffusion = sr_create_model_and_diffusion(
                 sizes.large_size, sizes.small_size, **asdict(network_config) | asdict(diffusion_config)
@@ -87,8 +83,8 @@ def main() -> None:
         condition_of = base_condition(sizes.base_samples, sizes.small_size, network.num_classes)
         ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
     sampler = Sampler(sampling, sizes.large_size, network, diffusion, device, condition_of)
-    run(sampler, settings, f"super-resolution {sizes.small_size} → {sizes.large_size}")
+    run(sampler, settings, f"super-resolution {sizes.small_size} → {sizes.large_size}", job)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from guided_diffusion.checkpoints import load_into, load_state_dict, save_atomically, write_atomically
+from guided_diffusion.checkpoints import load_into, load_state_dict, save_atomically
+from guided_diffusion.files import write_atomically
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from guided_diffusion.config import DiffusionConfig, GuidanceConfig, NetworkConfig, merge, option, parse_args
+from guided_diffusion.config import BadInput, DiffusionConfig, GuidanceConfig, NetworkConfig, merge, option, parse_args
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_guidance,
@@ -68,12 +68,10 @@ def test_timesteps_of_improved_diffusion_are_asked_about(caplog):
     assert not caplog.text
 
 
-def test_fields_can_be_left_out(capsys):
+def test_fields_can_be_left_out():
     network, _, _ = parse_args("", GROUPS, ["--num_heads", "2"], without=("image_size",))
     assert network.num_heads == 2
-    with pytest.raises(SystemExit):
-        parse_args("", GROUPS, ["--image_size", "64"], without=("image_size",))
-    assert "--image_size" in capsys.readouterr().err
+    assert "--image_size" in refused(["--image_size", "64"], without=("image_size",))
     with pytest.raises(ValueError, match="unknown key 'image_size'"):
         merge(GROUPS, ("file", {"image_size": 64}), without=("image_size",))
 
@@ -90,11 +88,11 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     assert paths.model_path == "w/a.pt"
 
 
-def refused(capsys, argv):
-    with pytest.raises(SystemExit) as stop:
-        parse_args("", GROUPS, argv)
+def refused(argv, **settings):
+    with pytest.raises(BadInput) as stop:
+        parse_args("", GROUPS, argv, **settings)
     assert stop.value.code == 2
-    return capsys.readouterr().err
+    return stop.value.message
 
 
 @pytest.mark.parametrize(
@@ -111,21 +109,21 @@ def refused(capsys, argv):
         ("fidelity: exact\n", "fidelity: wanted corrected or reference"),
     ],
 )
-def test_wrong_files_are_refused_in_one_line(tmp_path, capsys, text, said):
+def test_wrong_files_are_refused_in_one_line(tmp_path, text, said):
     file = tmp_path / "settings.yaml"
     file.write_text(text)
-    error = refused(capsys, ["--config", str(file)])
+    error = refused(["--config", str(file)])
     assert said in error
-    assert error.count("\n") == 1
+    assert "\n" not in error
 
 
-def test_a_missing_file_is_refused(tmp_path, capsys):
-    assert "cannot be read" in refused(capsys, ["--config", str(tmp_path / "no.yaml")])
+def test_a_missing_file_is_refused(tmp_path):
+    assert "cannot be read" in refused(["--config", str(tmp_path / "no.yaml")])
 
 
 @pytest.mark.parametrize("flags", [["--guide_scale", "nan"], ["--sag_threshold", "inf"], ["--sel_attn_block", "side"]])
-def test_impossible_guidance_is_refused(capsys, flags):
-    assert f"{flags[0][2:]}: wanted" in refused(capsys, flags)
+def test_impossible_guidance_is_refused(flags):
+    assert f"{flags[0][2:]}: wanted" in refused(flags)
 
 
 @pytest.mark.parametrize("interval", ["0.5", "0.7,0.2", "-1,1", "0,2", "a,b", "0,1,2"])

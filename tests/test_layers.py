@@ -15,10 +15,14 @@ MAY_IMPORT = {
     "nn": set(),
     "process": set(),
     "noise": set(),
-    "fetch": set(),
-    "checkpoints": {"fetch"},
+    "files": set(),
+    "fetch": {"files"},
+    "checkpoints": {"files", "fetch"},
+    "sample_store": {"files"},
+    "parallel": {"config"},
+    "dist_util": {"parallel", "checkpoints"},
     "inspection": {"config", "script_util"},
-    "pictures": {"checkpoints"},
+    "pictures": {"files"},
     "denoiser": {"process"},
     "attention": {"nn"},
     "unet": {"nn", "attention"},
@@ -31,8 +35,12 @@ MAY_IMPORT = {
         "config", "process", "denoiser", "attention", "unet", "guidance", "training", "gaussian_diffusion", "respace",
     },
     "sampling": {
-        "config", "checkpoints", "noise", "pictures", "process", "denoiser", "guidance", "samplers", "respace",
-        "script_util", "unet", "inspection", "__init__",
+        "config", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "respace",
+        "script_util", "unet", "inspection",
+    },
+    "run": {
+        "config", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers", "sampling",
+        "__init__",
     },
 }  # fmt: skip
 

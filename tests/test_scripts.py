@@ -66,7 +66,8 @@ def test_what_a_run_writes(base):
     assert labels.shape == (5,)
     assert labels.dtype == np.int64
     assert set(labels) <= set(range(5))
-    assert {path.name for path in base["out_dir"].iterdir()} == {name, "grid.png", "config.yaml", "manifest.json"}
+    left = {path.name for path in base["out_dir"].iterdir()}
+    assert left == {name, "grid.png", "config.yaml", "manifest.json", "shards", ".lock"}
     assert Image.open(base["out_dir"] / "grid.png").size[0] >= 3 * 32
     manifest = json.loads((base["out_dir"] / "manifest.json").read_text())
     assert manifest["network_evaluations_per_sample"] == 3

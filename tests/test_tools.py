@@ -76,13 +76,13 @@ def test_upsampling(upsampler):
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ([], "no arr_0"),
-        ([np.zeros((2, 8, 8, 3), np.uint8)], "no arr_1"),
-        ([np.zeros((2, 8, 8, 3)), np.zeros(2, int)], "wanted uint8 [N, 8, 8, 3], got float64 [2, 8, 8, 3]"),
+        ([], "wanted one array arr_0, got 0"),
+        ([np.zeros((2, 8, 8, 3), np.uint8)], "wanted one array arr_1, got 0"),
+        ([np.zeros((2, 8, 8, 3)), np.zeros(2, int)], "arr_0: wanted uint8 [N, 8, 8, 3], got float64 [2, 8, 8, 3]"),
         ([np.zeros((2, 9, 9, 3), np.uint8), np.zeros(2, int)], "got uint8 [2, 9, 9, 3]"),
         ([np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 4])], "one label from 0 to 3"),
         ([np.zeros((2, 8, 8, 3), np.uint8), np.zeros(3, int)], "one label from 0 to 3"),
-        ([np.array([{}]), np.zeros(2, int)], "not an npz of arrays"),
+        ([np.array([{}]), np.zeros(2, int)], "got object [1]"),
     ],
 )
 def test_wrong_base_samples_are_refused(upsampler, capsys, arrays, said):

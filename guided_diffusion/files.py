@@ -1,0 +1,93 @@
+"""Writing files whole or not at all, and reading arrays without trusting them."""
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import blobfile as bf
+import numpy as np
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether `path` names something remote (https://, gs://, az://, …)."""
+    return "://" in str(path)
+
+
+def join(folder: str | Path, *names: str) -> str:
+    """A path below a folder, local or remote."""
+    return bf.join(str(folder), *names) if is_address(folder) else os.path.join(folder, *names)
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a temporary file, then move it to `path`: the whole file or none.
+
+    A local file is synced to disk before it is renamed; a remote one is uploaded in one piece when it is complete.
+    """
+    remote = is_address(path)
+    folder, name = (None, "upload") if remote else (os.path.dirname(path) or ".", os.path.basename(path))
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if remote:
+            bf.copy(temporary, str(path), overwrite=True)
+        else:
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            _sync_folder(folder)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename in a folder survive a power cut, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_arrays(file: BinaryIO, wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]]) -> dict[str, np.ndarray]:
+    """The arrays of these names, dtypes and shapes (None: any length) from an npz, and nothing else.
+
+    Headers are compared before any data is read, so that a file cannot make us take more memory than was asked for.
+    A ValueError says what is wrong.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = [info.filename for info in archive.infolist()]
+            return {name: _read_array(archive, members, name, *wanted[name]) for name in wanted}
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, KeyError, IndexError) as error:
+        raise ValueError(f"not an npz of arrays, or damaged ({type(error).__name__})") from None
+
+
+def _read_array(
+    archive: zipfile.ZipFile, members: list[str], name: str, dtype: np.dtype, shape: tuple[int | None, ...]
+) -> np.ndarray:
+    member = f"{name}.npy"
+    if members.count(member) != 1:
+        raise ValueError(f"wanted one array {name}, got {members.count(member)}")
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name}: an npy format of version {version} is not known")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        got_shape, fortran, got_dtype = read_header(stream)
+        fits = len(got_shape) == len(shape) and all(w is None or w == g for w, g in zip(shape, got_shape, strict=True))
+        if got_dtype != dtype or not fits or fortran:
+            text = ", ".join("N" if size is None else str(size) for size in shape)
+            raise ValueError(f"{name}: wanted {np.dtype(dtype)} [{text}], got {got_dtype} {list(got_shape)}")
+        size = int(np.prod(got_shape, dtype=np.int64)) * got_dtype.itemsize
+        if archive.getinfo(member).file_size != stream.tell() + size:
+            raise ValueError(f"{name}: its header and its size do not agree")
+        data = stream.read()
+    return np.frombuffer(data, dtype=got_dtype).reshape(got_shape)

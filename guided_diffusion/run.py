@@ -1,0 +1,245 @@
+"""A sampling run: shards over the ranks, progress, signals, and the files it leaves."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+import guided_diffusion
+from guided_diffusion import pictures
+from guided_diffusion.config import exit_on_bad_input
+from guided_diffusion.fetch import local_path
+from guided_diffusion.files import join, write_atomically
+from guided_diffusion.guidance.base import GuidedDenoiser
+from guided_diffusion.parallel import Job
+from guided_diffusion.sample_store import SampleStore, Shard, batches, settings_hash
+from guided_diffusion.samplers import State
+from guided_diffusion.sampling import Sampler, SamplingConfig
+
+GRID_SAMPLES = 64
+SECONDS_BETWEEN_LINES = 10
+OF_THE_RUN = {"out_dir", "num_samples", "overwrite", "grace", "log_json"}
+"""Settings that do not change any sample."""
+
+INPUT_FILES = ("model_path", "classifier_path", "base_samples")
+"""Settings that name a file: its contents count, not its name."""
+
+Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]
+"""Is shown every step of every batch: the samples' indices, the state, and the denoiser that knows the guidance."""
+
+
+def _file_hash(path: str) -> str:
+    with open(local_path(path), "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes sample i what it is, and the cut into shards: settings, and the contents of the files they name."""
+    kept = {key: value for key, value in settings.items() if key not in OF_THE_RUN}
+    return kept | {key: _file_hash(kept[key]) for key in INPUT_FILES if kept.get(key)}
+
+
+def output_folder(config: SamplingConfig, made_of: dict[str, Any]) -> str:
+    """Where a run writes: --out_dir, else $OPENAI_LOGDIR, else runs/MODEL-HASH."""
+    name = f"{Path(config.model_path).stem}-{settings_hash(made_of)[:8]}"
+    return config.out_dir or os.environ.get("OPENAI_LOGDIR") or join("runs", name)
+
+
+class _Signals:
+    """SIGTERM and SIGINT: stop at the next step, or at the end of the shard if that comes within `grace` seconds."""
+
+    def __init__(self, grace: float):
+        self._grace = grace
+        self._asked: tuple[int, float] | None = None
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        self._asked = self._asked or (number, time.monotonic())
+
+    def stop_if_asked(self, shard_is_done: bool) -> None:
+        if self._asked:
+            number, since = self._asked
+            if shard_is_done or time.monotonic() - since >= self._grace:
+                name = signal.Signals(number).name
+                sys.stderr.write(f"stopped by {name}; the same command goes on from the last whole shard\n")
+                raise SystemExit(128 + number)
+
+
+class _Progress:
+    """How far the whole job is, shown by rank 0: a bar on a terminal, else lines, or JSON lines."""
+
+    def __init__(self, job: Job, counter: str, samples: int, done: int, steps: int, log_json: bool):
+        self._job, self._counter, self._steps, self._json = job, counter, steps, log_json
+        self._samples, self._before, self._started, self._said = samples, done, time.monotonic(), time.monotonic()
+        quiet = True if log_json or job.rank else None
+        self._bar = tqdm(total=samples, initial=done, unit="image", dynamic_ncols=True, disable=quiet)
+
+    def add(self, image_steps: int) -> None:
+        total = self._job.add(self._counter, image_steps)
+        if self._job.rank == 0:
+            self._show(total // self._steps)
+
+    def _show(self, made: int) -> None:
+        done = self._before + made
+        if not self._bar.disable:
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+            self.say(made)
+
+    def say(self, made: int) -> None:
+        """One line: how many are done, how fast, and how long it still takes."""
+        self._said = time.monotonic()
+        rate = made / max(1e-9, self._said - self._started)
+        left = self._samples - self._before - made
+        line = {
+            "samples": self._before + made,
+            "of": self._samples,
+            "images_per_s": round(rate, 3),
+            "seconds_left": round(left / rate) if rate else None,
+        }
+        text = json.dumps(line) if self._json else ", ".join(f"{key} {value}" for key, value in line.items())
+        sys.stderr.write(f"{text}\n")
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._json and self._job.rank == 0:
+            self.say(self._job.add(self._counter, 0) // self._steps)
+
+
+def _make_shard(
+    sampler: Sampler, indices: Sequence[int], progress: _Progress, signals: _Signals, observe: Observer | None
+) -> Shard:
+    images, labels, evaluations = [], [], 0.0
+    for batch in batches(indices, sampler.config.batch_size):
+        for state, guided in sampler.trajectory(batch):
+            if observe:
+                observe(batch, state, guided)
+            progress.add(len(batch))
+            signals.stop_if_asked(shard_is_done=False)
+        images.append(pictures.to_uint8(state.x))
+        evaluations += guided.evaluations * len(batch) / len(indices)
+        if (y := state.prediction.condition.get("y")) is not None:
+            labels.append(y.cpu().numpy())
+    return Shard(np.concatenate(images), np.concatenate(labels) if labels else None, evaluations)
+
+
+def run(
+    sampler: Sampler, settings: dict[str, Any], guidance_line: str, job: Job, observe: Observer | None = None
+) -> tuple[SampleStore, dict[str, Any]]:
+    """Make all samples that are not there yet, over all ranks, and merge them; returns the store and the manifest.
+
+    `BadInput` says why the folder cannot be used or written to. Leaves samples_NxHxWx3.npz, grid.png, config.yaml (the
+    resolved settings), manifest.json and the shards.
+    """
+    config = sampler.config
+    made_of = identity(settings)
+    store = SampleStore(
+        output_folder(config, made_of),
+        made_of,
+        config.num_samples,
+        config.shard_size or config.batch_size,
+        (sampler.side, sampler.side, 3),
+        "y" in sampler.condition_of([0]),
+    )
+    about = {"guidance": guidance_line, "ranks": job.size, "device": str(sampler.device), "versions": versions()}
+    started = time.perf_counter()
+    signals = _Signals(config.grace)
+    with ExitStack() as stack:
+        stack.enter_context(signals.handled())
+        todo: list[int] = []
+        if job.rank == 0:
+            with exit_on_bad_input():
+                stack.enter_context(store.lock())
+                todo = _prepare(store, config.overwrite, about, guidance_line)
+        todo = json.loads(job.share(f"{store.hash}/todo", json.dumps(todo)))
+        missing = sum(len(store.indices(number)) for number in todo)
+        progress = _Progress(
+            job,
+            f"{store.hash}/steps",
+            config.num_samples,
+            config.num_samples - missing,
+            sampler.diffusion.num_timesteps,
+            config.log_json,
+        )
+        while (turn := job.add(f"{store.hash}/turn") - 1) < len(todo):
+            number = todo[turn]
+            shard = _make_shard(sampler, store.indices(number), progress, signals, observe)
+            with exit_on_bad_input():
+                store.write(number, shard)
+            job.add(f"{store.hash}/done")
+            signals.stop_if_asked(shard_is_done=True)
+        while job.rank == 0 and job.add(f"{store.hash}/done", 0) < len(todo):
+            time.sleep(0.1)
+            progress.add(0)
+            signals.stop_if_asked(shard_is_done=True)
+        progress.close()
+        if job.rank == 0:
+            with exit_on_bad_input():
+                about["network_evaluations_per_sample"] = store.merge()
+            about |= {"file": os.path.basename(store.samples_path), "samples_made_now": missing, "settings": settings}
+            about["seconds"] = round(time.perf_counter() - started, 3)
+            _write_rest(store, settings, about)
+            print(
+                f"{missing} samples in {about['seconds']:.1f} s ({config.num_samples - missing} were there), "
+                f"{about['network_evaluations_per_sample']:g} network evaluations each: {store.samples_path}"
+            )
+        job.share(f"{store.hash}/finished")
+    return store, about
+
+
+def _prepare(store: SampleStore, overwrite: bool, about: dict[str, Any], guidance_line: str) -> list[int]:
+    """Make the folder fit for this run and tell which shards are missing."""
+    if overwrite:
+        store.clear()
+    sys.stderr.write(store.check())
+    todo = store.missing()
+    store.write_manifest(about)
+    sys.stderr.write(f"{guidance_line}\n")
+    there = len(store.shards) - len(todo)
+    if there:
+        sys.stderr.write(f"{there} of {len(store.shards)} shards are there already\n")
+    return todo
+
+
+def _write_rest(store: SampleStore, settings: dict[str, Any], about: dict[str, Any]) -> None:
+    shown = store.first(GRID_SAMPLES)
+    pictures.save_png(
+        pictures.enlarge(pictures.grid(shown, math.ceil(len(shown) ** 0.5)), 600), join(store.folder, "grid.png")
+    )
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
+    write_atomically(join(store.folder, "config.yaml"), lambda file: file.write(text))
+    store.write_manifest(about)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    return {
+        "guided_diffusion": guided_diffusion.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
