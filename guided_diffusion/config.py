@@ -60,6 +60,11 @@ class NetworkConfig:
     use_fp16: bool = option(False, "half precision on a GPU")
     use_new_attention_order: bool = option(False, "q, k, v are stored one after the other (no shape shows it)")
 
+    def __post_init__(self):
+        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
@@ -100,7 +105,9 @@ class GuidanceConfig:
     sag_threshold: float = option(1.0, "ψ: blurred is what gets more attention than ψ times the mean")
     blur_sigma: float = option(3.0, "σ of the Gaussian blur in pixels; 0 = none, inf = the mean pixel")
     blur_kernel: int | None = option(None, "odd width of the blur's window in pixels; default ⌈3σ⌉ to each side")
-    guide_start: int = option(250, "guide while t < this, t in respaced steps (the authors' flag); 0 = never")
+    guide_start: int = option(
+        250, "guide while t < this, t in respaced steps (the authors' flag): the last so many steps; 0 = never"
+    )
     guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, as lo,hi; 1 is noise, 0 the image")
     guide_every: int = option(1, "compute the guidance every so many guided steps, and use it again between")
     fidelity: str = option("corrected", "corrected: as the paper; reference: as the authors' code computes")
@@ -247,7 +254,12 @@ def parse_args(
                 help=field.metadata["help"].replace("%", "%%") + shown,
                 **({"nargs": "?", "const": "True"} if is_bool else {}),
             )
-    flags = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        near = difflib.get_close_matches(name, _fields(groups, without), n=1)
+        parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else ""))
+    flags = vars(known)
     files = flags.pop("config", None) or ([default_config] if default_config else [])
     with exit_on_bad_input():
         layers = [(f"--config {file}", _from_folder(bf.dirname(file), read_yaml(file), groups)) for file in files]

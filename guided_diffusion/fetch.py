@@ -110,8 +110,8 @@ def _open(path: str, offset: int) -> Source:
         try:
             return opener(path, offset)
         except (OSError, http.client.HTTPException, bf.Error, ValueError) as error:
-            reasons.append(f"{type(error).__name__}: {error}")
-    raise ValueError(f"{path}: cannot be fetched ({'; '.join(reasons)}); fetch it by hand and give its local path")
+            reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:80])
+    raise ValueError(f"{path}: cannot be fetched ({reasons[-1]}); fetch it by hand and give its local path")
 
 
 def _fetch(path: str, file: Path) -> None:

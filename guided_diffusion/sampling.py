@@ -1,19 +1,20 @@
 """What the sampling scripts share: their settings, the objects built from them, and the run that writes samples."""
 
-import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from guided_diffusion import samplers
 from guided_diffusion.checkpoints import load_into
-from guided_diffusion.config import GuidanceConfig, NetworkConfig, option, parse_value
-from guided_diffusion.files import is_address
+from guided_diffusion.config import GuidanceConfig, NetworkConfig, option
+from guided_diffusion.files import is_address, read_arrays
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
 from guided_diffusion.guidance.classifier import with_classifier
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
@@ -57,11 +58,16 @@ class SamplingConfig:
             raise ValueError(f"shard_size, grace: wanted 0 or more, got {self.shard_size}, {self.grace}")
         if self.balanced_labels and self.labels != "random":
             raise ValueError("balanced_labels, labels: two ways to choose the classes; give one")
-        if not (math.isfinite(self.ddim_eta) and self.ddim_eta >= 0):
-            raise ValueError(f"ddim_eta: wanted 0 or more, got {self.ddim_eta}")
+        if not 0 <= self.ddim_eta <= 1:
+            raise ValueError(f"ddim_eta: wanted 0 to 1, got {self.ddim_eta}")
         if not self.model_path:
             raise ValueError("model_path: give the weights of the network, or --config configs/emoji.yaml to try")
         check_seed(self.seed)
+
+
+def unfilled() -> torch.device:
+    """A context in which networks are built without memory; `ready` fills them."""
+    return torch.device("meta")
 
 
 def ready(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> None:
@@ -84,7 +90,9 @@ def choose_labels(labels: str, seed: int, indices: Sequence[int], num_classes: i
         if not null_label:
             raise ValueError("labels: none needs a network with a null label (null_label)")
         return torch.full((len(indices),), num_classes)
-    given = [parse_value(part, int, "labels") for part in labels.split(",")]
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", labels):
+        raise ValueError(f"labels: wanted random, none, or classes like 3 or 0,7,7, got {labels!r}")
+    given = [int(part) for part in labels.split(",")]
     for label in given:
         if not 0 <= label < num_classes:
             raise ValueError(f"labels: wanted classes from 0 to {num_classes - 1}, got {label}")
@@ -103,6 +111,37 @@ def class_condition(config: SamplingConfig, network: NetworkConfig, null_label: 
         return {"y": choose_labels(config.labels, config.seed, indices, network.num_classes, null_label)}
 
     condition_of([0])
+    return condition_of
+
+
+def base_condition(path: str, small_size: int, num_classes: int | None) -> ConditionOf:
+    """low_res in [−1, 1], and y where the network has classes, of the images in an npz; a ValueError if wrong.
+
+    Sample i is made of image i, round and round.
+    """
+    wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]] = {
+        "arr_0": (np.dtype(np.uint8), (None, small_size, small_size, 3))
+    }
+    if num_classes is not None:
+        wanted["arr_1"] = (np.dtype(np.int64), (None,))
+    try:
+        with open(path, "rb") as file:
+            arrays = read_arrays(file, wanted)
+    except FileNotFoundError:
+        raise ValueError(f"base_samples: no such file {path!r}") from None
+    except ValueError as error:
+        raise ValueError(f"base_samples: {path}: {error}") from None
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
+    if not len(images):
+        raise ValueError(f"base_samples: {path}: holds no image")
+    if labels is not None and not (len(labels) == len(images) and 0 <= labels.min() <= labels.max() < num_classes):
+        raise ValueError(f"base_samples: {path}: arr_1: wanted one label from 0 to {num_classes - 1} for each image")
+
+    def condition_of(indices: Sequence[int]) -> dict[str, Tensor]:
+        rows = np.asarray(indices) % len(images)
+        low_res = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return {"low_res": low_res} | ({} if labels is None else {"y": torch.from_numpy(labels[rows])})
+
     return condition_of
 
 

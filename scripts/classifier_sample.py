@@ -2,14 +2,11 @@
 
 Like image_sample.py, with a noisy-image classifier: it pulls every sample to its class. For example, ADM 128²:
 
-  python scripts/classifier_sample.py --model_path 128x128_diffusion.pt --classifier_path 128x128_classifier.pt \\
-      --classifier_scale 0.5 --guide_scale 1.1 --blur_sigma 3 --timestep_respacing 250 ...
+  python scripts/classifier_sample.py --config configs/adm_imagenet128_cond.yaml --config configs/adm_classifier128.yaml
 """
 
 from dataclasses import dataclass
 from functools import partial
-
-import torch
 
 from guided_diffusion.checkpoints import load_into
 from guided_diffusion.config import (
@@ -34,6 +31,7 @@ from guided_diffusion.sampling import (
     ready,
     resolved,
     unconditional,
+    unfilled,
 )
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_network
 
@@ -71,7 +69,7 @@ def main() -> None:
     with exit_on_bad_input():
         device = job.device
         diffusion = build_diffusion(diffusion_config)
-        with torch.device("meta"):
+        with unfilled():
             network = build_network(network_config, diffusion_config.learn_sigma)
             classifier = build_classifier(image_size, classifier_config, network_config.num_classes)
         guidances = guidances_of(guidance, network)
@@ -91,8 +89,7 @@ def main() -> None:
     network_fn = network if network_config.class_cond else lambda x, t, y=None: network(x, t)
     sampler = Sampler(sampling, image_size, network_fn, diffusion, device, condition_of, guidances, cond_fn)
     line = describe_guidance(guidance, guidances, diffusion.num_timesteps)
-    if cond_fn:
-        line += f"; classifier guidance: scale {by_classifier.classifier_scale:g}"
+    line += f"; classifier guidance: {f'scale {by_classifier.classifier_scale:g}' if cond_fn else 'off'}"
     run(sampler, resolved(*configs), line, job)
 
 

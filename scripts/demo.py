@@ -1,7 +1,7 @@
 """Self-attention guidance in five minutes: the embedded model, the same noise, without and with guidance.
 
-Writes to runs/demo: comparison.png (unguided | attention mask | guided), the folders unguided and guided with all
-samples, and summary.txt. All flags of image_sample.py work here too:
+Settings come from configs/emoji.yaml, then flags. Writes to runs/demo: comparison.png (unguided | attention mask |
+guided), the folders unguided and guided with all samples, and summary.txt. All flags of image_sample.py work here too:
 
   python scripts/demo.py --num_samples 4 --sag_scale 2
 """
@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from guided_diffusion import pictures
 from guided_diffusion.config import DiffusionConfig, GuidanceConfig, NetworkConfig, exit_on_bad_input, parse_args
@@ -25,6 +24,7 @@ from guided_diffusion.sampling import (
     ready,
     resolved,
     unconditional,
+    unfilled,
 )
 from guided_diffusion.script_util import build_diffusion, build_guidance, build_network
 
@@ -57,7 +57,7 @@ def main() -> None:
             raise ValueError("sag_scale: the demo compares with guidance, give a strength other than 0")
         device = job.device
         diffusion = build_diffusion(diffusion_config)
-        with torch.device("meta"):
+        with unfilled():
             network = build_network(network_config, diffusion_config.learn_sigma)
         guidance = build_guidance(network, guidance_config)
         condition_of = unconditional

@@ -6,8 +6,6 @@ manifest.json. The embedded model, guided:
   python scripts/image_sample.py --config configs/emoji.yaml --num_samples 16 --sag_scale 1.0
 """
 
-import torch
-
 from guided_diffusion.config import DiffusionConfig, GuidanceConfig, NetworkConfig, exit_on_bad_input, parse_args
 from guided_diffusion.parallel import launch, start
 from guided_diffusion.run import run
@@ -20,6 +18,7 @@ from guided_diffusion.sampling import (
     ready,
     resolved,
     unconditional,
+    unfilled,
 )
 from guided_diffusion.script_util import build_diffusion, build_network
 
@@ -31,7 +30,7 @@ def main() -> None:
     with exit_on_bad_input():
         device = job.device
         diffusion = build_diffusion(diffusion_config)
-        with torch.device("meta"):
+        with unfilled():
             network = build_network(network_config, diffusion_config.learn_sigma)
         guidances = guidances_of(guidance, network)
         condition_of = unconditional

@@ -11,26 +11,27 @@ import random
 import sys
 from pathlib import Path
 
-import torch
+import yaml
 
 from guided_diffusion.config import DiffusionConfig, NetworkConfig, exit_on_bad_input, parse_args
-from guided_diffusion.parallel import launch
+from guided_diffusion.files import write_atomically
+from guided_diffusion.parallel import launch, start
+from guided_diffusion.sampling import resolved
 from guided_diffusion.script_util import build_diffusion, build_network
 from guided_diffusion.training.data import class_names, list_image_files, load_data
-from guided_diffusion.training.loop import TrainingConfig, TrainLoop
+from guided_diffusion.training.loop import TrainingConfig, TrainLoop, seed_torch
 
 
 def main() -> None:
     training, network_config, diffusion_config = parse_args(__doc__, (TrainingConfig, NetworkConfig, DiffusionConfig))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = start().device
     with exit_on_bad_input():
-        torch.manual_seed(training.seed)
+        seed_torch(training.seed)
         random.seed(training.seed)
         classes = class_names(list_image_files(training.data_dir))
         if network_config.class_cond and len(classes) > network_config.num_classes:
             raise ValueError(f"num_classes: {network_config.num_classes}, but data_dir has {len(classes)} classes")
-        network = build_network(network_config, diffusion_config.learn_sigma)
-        network.to(device, memory_format=torch.channels_last)
+        network = build_network(network_config, diffusion_config.learn_sigma).to(device)
         data = load_data(
             data_dir=training.data_dir,
             batch_size=training.batch_size,
@@ -48,15 +49,21 @@ def main() -> None:
             null_label=network_config.num_classes if has_null else None,
             use_fp16=network_config.use_fp16,
         )
-    if network_config.class_cond:
-        Path(training.out_dir).mkdir(parents=True, exist_ok=True)
-        Path(training.out_dir, "classes.json").write_text(json.dumps(classes), encoding="utf-8")
+        out_dir = Path(training.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        # What image_sample.py needs to know of the network: --config OUT_DIR/config.yaml --model_path OUT_DIR/ema_….pt
+        text = yaml.safe_dump(resolved(network_config, diffusion_config), sort_keys=False)
+        write_atomically(out_dir / "config.yaml", lambda file: file.write(text.encode()))
+        if network_config.class_cond:
+            write_atomically(out_dir / "classes.json", lambda file: file.write(json.dumps(classes).encode()))
     parameters = sum(p.numel() for p in network.parameters())
     print(f"{parameters:,} parameters on {device}; step {loop.step} in {training.out_dir}", flush=True)
     try:
         loop.run()
     except KeyboardInterrupt:
-        sys.exit(f"interrupted at step {loop.step}; the same command goes on from there")
+        sys.stderr.write(f"interrupted at step {loop.step}; the same command goes on from there\n")
+        raise SystemExit(130) from None
+    print(f"trained {loop.step} steps; the moving averages are {training.out_dir}/ema_….pt", flush=True)
 
 
 if __name__ == "__main__":

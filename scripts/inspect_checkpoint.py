@@ -30,6 +30,9 @@ def main() -> None:
             raise ValueError(f"{args.file}: {error}") from None
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
     print(f"{checkpoint.kind}, {checkpoint.parameters:,} parameters in {len(state)} tensors of {dtypes}")
+    if checkpoint.image_size is None:
+        factors = sorted({block.downsampling for block in checkpoint.attention})
+        print(f"its attention is on maps of image_size / {', / '.join(map(str, factors))}; --image_size N says more")
     flags = " ".join(f"--{flag} {value}" for flag, value in checkpoint.flags.items())
     size = checkpoint.image_size
     print(f"flags that its shapes tell: {f'--image_size {size} ' if size else ''}{flags}")

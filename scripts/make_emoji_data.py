@@ -55,8 +55,8 @@ def main() -> None:
         help="comma-separated beginnings of Unicode groups to keep, for "
         "example smileys,animals,food (default: all but symbols and flags)",
     )
-    parser.add_argument("--font", default=FONT)
-    parser.add_argument("--emoji_test", default=EMOJI_TEST)
+    parser.add_argument("--font", default=FONT, help="the Noto Color Emoji font file (default %(default)s)")
+    parser.add_argument("--emoji_test", default=EMOJI_TEST, help="Unicode's list of emoji (default %(default)s)")
     args = parser.parse_args()
     for needed in (args.font, args.emoji_test):
         if not Path(needed).is_file():

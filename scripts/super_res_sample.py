@@ -6,23 +6,18 @@ labels), which are used round and round. Writes samples_NxHxWx3.npz, grid.png, c
   python scripts/super_res_sample.py --config configs/adm_upsampler_64_256.yaml --base_samples 64_samples.npz
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from guided_diffusion.config import DiffusionConfig, NetworkConfig, exit_on_bad_input, option, parse_args
-from guided_diffusion.files import read_arrays
 from guided_diffusion.parallel import launch, start
 from guided_diffusion.run import run
 from guided_diffusion.sampling import (
-    ConditionOf,
     Sampler,
     SamplingConfig,
+    base_condition,
     ready,
     resolved,
+    unfilled,
 )
 from guided_diffusion.script_util import sr_create_model_and_diffusion
 
@@ -38,34 +33,6 @@ class SuperResolutionConfig:
     base_samples: str = option("", "npz of the images to begin with: arr_0 uint8 [N, H, W, 3], arr_1 labels", path=True)
 
 
-def base_condition(path: str, small_size: int, num_classes: int | None) -> ConditionOf:
-    """low_res in [−1, 1], and y where the network has classes, of the images in an npz; a ValueError if wrong."""
-    wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]] = {
-        "arr_0": (np.dtype(np.uint8), (None, small_size, small_size, 3))
-    }
-    if num_classes is not None:
-        wanted["arr_1"] = (np.dtype(np.int64), (None,))
-    try:
-        with open(path, "rb") as file:
-            arrays = read_arrays(file, wanted)
-    except FileNotFoundError:
-        raise ValueError(f"base_samples: no such file {path!r}") from None
-    except ValueError as error:
-        raise ValueError(f"base_samples: {path}: {error}") from None
-    images, labels = arrays["arr_0"], arrays.get("arr_1")
-    if not len(images):
-        raise ValueError(f"base_samples: {path}: holds no image")
-    if labels is not None and not (len(labels) == len(images) and 0 <= labels.min() <= labels.max() < num_classes):
-        raise ValueError(f"base_samples: {path}: arr_1: wanted one label from 0 to {num_classes - 1} for each image")
-
-    def condition_of(indices: Sequence[int]) -> dict[str, Tensor]:
-        rows = np.asarray(indices) % len(images)
-        low_res = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"low_res": low_res} | ({} if labels is None else {"y": torch.from_numpy(labels[rows])})
-
-    return condition_of
-
-
 def main() -> None:
     groups = (SamplingConfig, SuperResolutionConfig, NetworkConfig, DiffusionConfig)
     configs = parse_args(__doc__, groups, without=NOT_HERE)
@@ -76,7 +43,7 @@ def main() -> None:
         if not sizes.base_samples:
             raise ValueError("base_samples: give the npz of the images to begin with")
         device = job.device
-        with torch.device("meta"):
+        with unfilled():
             network, diffusion = sr_create_model_and_diffusion(
                 sizes.large_size, sizes.small_size, **asdict(network_config) | asdict(diffusion_config)
             )

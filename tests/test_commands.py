@@ -73,4 +73,4 @@ def test_command(command, tmp_path, monkeypatch, capsys):
     if "guide_scale" in given:
         assert f"s = {float(given['guide_scale']) - 1:g}" in said
     if "classifier_path" in given:
-        assert ("classifier guidance" in said) == (given.get("classifier_guidance") != "False")
+        assert ("classifier guidance: scale" in said) == (given.get("classifier_guidance") != "False")

@@ -157,7 +157,9 @@ BAD = {
     "timestep_respacing": ["0", "2000", "ddim999", "x"],
     "labels": ["5", "-1", "cat"],
     "seed": ["-1"],
-    "ddim_eta": ["-1", "nan"],
+    "ddim_eta": ["-1", "nan", "2"],
+    "image_size": ["0", "31"],
+    "shard_size": ["-1"],
     "blur_sigma": ["-1", "nan"],
     "blur_kernel": ["4"],
     "sag_threshold": ["nan", "inf"],
@@ -201,10 +203,22 @@ def test_the_flag_that_does_not_fit_the_weights_is_named(base, capsys, flag, val
 
 
 def test_unknown_flags_are_refused(base, capsys):
+    assert "--sag_skale; did you mean --sag_scale?" in refused(capsys, "image_sample", **base, sag_skale="1")
+
+
+def test_a_folder_holds_one_network(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (32, 32)).save(data / "a_0.png")
+    flags = NETWORK | {"data_dir": data, "out_dir": tmp_path / "run", "lr_anneal_steps": 1, "batch_size": 1}
+    run("image_train", **flags)
+    capsys.readouterr()
+    assert "a run of another network" in refused(capsys, "image_train", **flags | {"num_channels": 64})
+    (data / "b_0.png").write_text("no image")
     with pytest.raises(SystemExit) as stop:
-        run("image_sample", **base, sag_skale="1")
+        run("image_train", **flags | {"lr_anneal_steps": 9})
     assert stop.value.code == 2
-    assert "--sag_skale" in capsys.readouterr().err
+    assert "b_0.png: not an image" in capsys.readouterr().err
 
 
 def test_training_then_sampling(tmp_path):
@@ -217,16 +231,20 @@ def test_training_then_sampling(tmp_path):
         "label_dropout": 0.2, "bf16": "True",
     }  # fmt: skip
     run("image_train", **flags)
-    assert {path.name for path in out_dir.iterdir()} == {"checkpoint.pt", "classes.json", "ema_0.9999_000003.pt"}
+    assert {path.name for path in out_dir.iterdir()} == {
+        "checkpoint.pt", "classes.json", "config.yaml", "ema_0.9999_000003.pt"
+    }  # fmt: skip
     assert json.loads((out_dir / "classes.json").read_text()) == ["a", "b"]
     run(
-        "image_sample", **NETWORK | {"num_classes": "2"}, model_path=out_dir / "ema_0.9999_000003.pt", num_samples=2,
+        "image_sample", config=out_dir / "config.yaml", model_path=out_dir / "ema_0.9999_000003.pt", num_samples=2,
         timestep_respacing=2, out_dir=tmp_path / "out",
     )  # fmt: skip
     assert len(samples(tmp_path / "out")[1]) == 2
 
 
-@pytest.mark.parametrize("flags", [{"data_dir": "nowhere"}, {"lr": "-1"}, {"num_classes": "1"}, {"label_dropout": 2}])
+@pytest.mark.parametrize(
+    "flags", [{"data_dir": "nowhere"}, {"data_dir": ""}, {"lr": "-1"}, {"num_classes": "1"}, {"label_dropout": 2}]
+)
 def test_bad_training_input_is_one_sentence(tmp_path, capsys, flags):
     data = tmp_path / "data"
     data.mkdir()

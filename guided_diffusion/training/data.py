@@ -10,11 +10,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from guided_diffusion.config import BadInput
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"}
 
 
 def list_image_files(data_dir: str) -> list[Path]:
     """All image files below data_dir, sorted; a ValueError if there is none."""
+    if not data_dir:
+        raise ValueError("data_dir: give a folder of images")
+    if not Path(data_dir).is_dir():
+        raise ValueError(f"data_dir: no such folder {data_dir!r}")
     files = sorted(path for path in Path(data_dir).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"data_dir: no image file below {data_dir!r}")
@@ -63,8 +69,11 @@ class ImageFolder(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        with Image.open(self.files[i]) as file:
-            image = file.convert("RGB")
+        try:
+            with Image.open(self.files[i]) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise BadInput(f"{self.files[i]}: not an image that can be read ({error})") from None
         image = (random_crop if self.crop else center_crop)(image, self.image_size)
         if self.flip and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from guided_diffusion.checkpoints import load_state_dict, save_atomically
+from guided_diffusion.checkpoints import load_state_dict, misfit, save_atomically
 from guided_diffusion.config import option, parse_value
 from guided_diffusion.denoiser import ModelMeanType
 from guided_diffusion.nn import update_ema
@@ -66,6 +66,11 @@ class TrainingConfig:
         return [parse_value(rate, float, "ema_rate") for rate in self.ema_rate.split(",")]
 
 
+def seed_torch(seed: int) -> None:
+    """Seed torch's generators: weights, data order, timesteps and noise."""
+    torch.manual_seed(seed)
+
+
 class TrainLoop:
     """Train `network` on batches of (images, condition) by `diffusion.training_losses`.
 
@@ -85,7 +90,8 @@ class TrainLoop:
     ):
         if config.label_dropout and null_label is None:
             raise ValueError("label_dropout: needs class_cond and null_label")
-        self.network, self.diffusion, self.data, self.config = network, diffusion, data, config
+        self.network = network.to(memory_format=torch.channels_last)
+        self.diffusion, self.data, self.config = diffusion, data, config
         self.null_label = null_label
         self.device = next(network.parameters()).device
         if use_fp16 and self.device.type == "cpu":
@@ -212,6 +218,11 @@ class TrainLoop:
             save_atomically(ema.state_dict(), self.out_dir / f"ema_{rate}_{self.step:06d}.pt")
 
     def _restore(self, state: dict[str, Any]) -> None:
+        wrong = misfit(self.network, state["network"])
+        if wrong:
+            raise ValueError(
+                f"{self.checkpoint_path}: a run of another network; give another --out_dir; tensors: {wrong}"
+            )
         self.network.load_state_dict(state["network"])
         for rate, ema in self.emas.items():
             ema.load_state_dict(state["emas"].get(str(rate), state["network"]))
