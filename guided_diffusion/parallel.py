@@ -62,6 +62,15 @@ class Job:
             time.sleep(POLL_S)
         return self.store.get(key).decode()
 
+    def leave_together(self, key: str) -> None:
+        """Hold the other ranks until rank 0 is here, and rank 0, which keeps the store, until the others have left."""
+        self.share(key)
+        if self.rank:
+            self.add(f"{key}/left")
+        else:
+            while self.add(f"{key}/left", 0) < self.size - 1:
+                time.sleep(POLL_S)
+
     @property
     def device(self) -> torch.device:
         """The GPU of this local rank among those that CUDA_VISIBLE_DEVICES leaves, else the CPU."""

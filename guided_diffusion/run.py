@@ -207,7 +207,7 @@ def run(
                 f"{missing} samples in {about['seconds']:.1f} s ({config.num_samples - missing} were there), "
                 f"{about['network_evaluations_per_sample']:g} network evaluations each: {store.samples_path}"
             )
-        job.share(f"{store.hash}/finished")
+        job.leave_together(f"{store.hash}/finished")
     return store, about
 
 
