@@ -57,8 +57,8 @@ def _load_safetensors(file: Path) -> State:
 
 
 def _load_pt(file: Path) -> Any:
-    is_zip = zipfile.is_zipfile(file)
     try:
+        is_zip = zipfile.is_zipfile(file)
         damaged = is_zip and zipfile.ZipFile(file).testzip()
         if not damaged:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)

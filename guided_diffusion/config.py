@@ -168,9 +168,9 @@ def read_yaml(path: str) -> dict[str, Any]:
             values = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, bf.Error) as error:
         raise ValueError(f"--config {path}: cannot be read ({type(error).__name__})") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"--config {path}: wanted lines of key: value")
     return {key: value for key, value in values.items() if key not in NOTES}
 
