@@ -213,6 +213,7 @@ def run(
 
 def _prepare(store: SampleStore, overwrite: bool, about: dict[str, Any], guidance_line: str) -> list[int]:
     """Make the folder fit for this run and tell which shards are missing."""
+    store.sweep()
     if overwrite:
         store.clear()
     sys.stderr.write(store.check())

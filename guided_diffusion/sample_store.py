@@ -121,6 +121,15 @@ class SampleStore:
             )
         return ""
 
+    def sweep(self) -> None:
+        """Delete the temporary files that a killed run left half-written in a local folder."""
+        if is_address(self.folder):
+            return
+        for folder in (self.folder, join(self.folder, "shards")):
+            for name in os.listdir(folder) if os.path.isdir(folder) else []:
+                if name.startswith(".") and ".npz." in name:
+                    os.unlink(join(folder, name))
+
     def clear(self) -> None:
         """Delete what an earlier run left: shards and manifest."""
         if bf.isdir(join(self.folder, "shards")):

@@ -144,6 +144,15 @@ def test_a_second_run_in_the_same_folder_is_refused(store):
         pass
 
 
+def test_half_written_files_of_a_killed_run_are_swept(store):
+    fill(store)
+    half = Path(store.path(0)).with_name(".shard_000001.npz.x1y2")
+    half.write_bytes(b"half")
+    kept = sorted(path for path in Path(store.folder).rglob("*") if path != half)
+    store.sweep()
+    assert sorted(Path(store.folder).rglob("*")) == kept
+
+
 def npz(**arrays):
     file = io.BytesIO()
     np.savez(file, **arrays)
