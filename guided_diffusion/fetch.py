@@ -1,6 +1,5 @@
 """Files by address: fetched once into a cache, resumed after a break, their hash checked from then on."""
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -8,12 +7,12 @@ import os
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import blobfile as bf
+from filelock import FileLock
 from tqdm import tqdm
 
 from guided_diffusion.files import is_address
@@ -47,7 +46,8 @@ def local_path(path: str) -> Path:
         raise ValueError(f"{path}: names no file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(file.with_name(f"{file.name}.lock")):
+        # One process at a time fetches a file; the others wait.
+        with FileLock(file.with_name(f"{file.name}.lock")):
             if file.exists():
                 _check(file)
             else:
@@ -55,14 +55,6 @@ def local_path(path: str) -> Path:
     except OSError as error:
         raise ValueError(f"{path}: cannot be kept in {file.parent} ({error})") from None
     return file
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Let one process at a time fetch a file; the others wait."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sha256(path: Path) -> str:

@@ -64,8 +64,8 @@ def output_folder(config: SamplingConfig, made_of: dict[str, Any]) -> str:
 class _Signals:
     """SIGTERM and SIGINT: stop at the next step, or at the end of the shard if that comes within `grace` seconds."""
 
-    def __init__(self, grace: float):
-        self._grace = grace
+    def __init__(self, grace: float, job: Job, counter: str):
+        self._grace, self._job, self._counter = grace, job, counter
         self._asked: tuple[int, float] | None = None
 
     @contextmanager
@@ -81,12 +81,18 @@ class _Signals:
         self._asked = self._asked or (number, time.monotonic())
 
     def stop_if_asked(self, shard_is_done: bool) -> None:
-        if self._asked:
-            number, since = self._asked
-            if shard_is_done or time.monotonic() - since >= self._grace:
-                name = signal.Signals(number).name
-                sys.stderr.write(f"stopped by {name}; the same command goes on from the last whole shard\n")
-                raise SystemExit(128 + number)
+        """Exit if a signal came: a rank that ends takes the job along, so it first waits for the others' shards."""
+        if self._asked is None:
+            return
+        number, since = self._asked
+        if not shard_is_done and time.monotonic() - since < self._grace:
+            return
+        if self._job.add(self._counter) == 1:
+            name = signal.Signals(number).name
+            sys.stderr.write(f"stopped by {name}; the same command goes on from the last whole shard\n")
+        while self._job.add(self._counter, 0) < self._job.size and time.monotonic() - since < self._grace:
+            time.sleep(0.1)
+        raise SystemExit(128 + number)
 
 
 class _Progress:
@@ -156,7 +162,7 @@ def run(
     resolved settings), manifest.json and the shards.
     """
     config = sampler.config
-    made_of = identity(settings)
+    made_of = json.loads(job.share("identity", json.dumps(identity(settings)) if job.rank == 0 else ""))
     store = SampleStore(
         output_folder(config, made_of),
         made_of,
@@ -167,7 +173,7 @@ def run(
     )
     about = {"guidance": guidance_line, "ranks": job.size, "device": str(sampler.device), "versions": versions()}
     started = time.perf_counter()
-    signals = _Signals(config.grace)
+    signals = _Signals(config.grace, job, f"{store.hash}/stopped")
     with ExitStack() as stack:
         stack.enter_context(signals.handled())
         todo: list[int] = []

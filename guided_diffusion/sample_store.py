@@ -1,7 +1,6 @@
 """Samples on disk: shards, each written whole; a manifest; resuming; and the merge into one npz."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
+from filelock import FileLock, Timeout
 
 from guided_diffusion.files import is_address, join, read_arrays, write_atomically
 
@@ -89,14 +89,15 @@ class SampleStore:
             yield
             return
         os.makedirs(self.folder, exist_ok=True)
-        with open(join(self.folder, ".lock"), "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{self.folder}: another run is writing here; wait for it, or give --out_dir"
-                ) from None
+        lock = FileLock(join(self.folder, ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.folder}: another run is writing here; give another --out_dir") from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def check(self) -> str:
         """Compare the folder's manifest with this run; a ValueError names what differs. Returns a word for the log."""

@@ -166,6 +166,22 @@ def test_a_stopped_run_goes_on(flags, tmp_path, number):
     assert result(tmp_path / "slow") == result(flags["out_dir"])
 
 
+def test_grace_lets_the_shard_in_hand_be_finished(flags, tmp_path):
+    slow = flags | {"num_samples": 400, "shard_size": 40, "out_dir": tmp_path / "slow", "grace": 60}
+    process = subprocess.Popen(
+        [sys.executable, *command(slow)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    shards = tmp_path / "slow" / "shards"
+    while not (shards / "shard_000000.npz").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    there = len(list(shards.glob("shard_*.npz")))
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(list(shards.glob("shard_*.npz"))) == there + 1
+
+
 def test_ranks_of_mpi_make_the_same_file(flags, tmp_path):
     run_alone = subprocess.run(
         [sys.executable, *command(flags)], stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False
