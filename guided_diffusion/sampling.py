@@ -1,4 +1,4 @@
-"""What the sampling scripts share: their settings, the objects built from them, and the run that writes samples."""
+"""What the sampling scripts share: their settings, the conditions of samples, and the objects built from them."""
 
 import os
 import re

@@ -1,6 +1,9 @@
 """Running a script in this process as if from the command line."""
 
+import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,3 +31,20 @@ def refused(capsys, script, *arguments, **flags):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     return error
+
+
+def environment(**more):
+    """The variables of a process of its own: no launcher's, one thread."""
+    kept = {key: value for key, value in os.environ.items() if not re.match("PMI|OMPI|MPI|RANK|WORLD", key)}
+    return kept | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | more
+
+
+def mpiexec(ranks, arguments):
+    """Python with arguments under the `mpiexec` of the extra `mpi`."""
+    launcher = Path(sys.executable).parent / "mpiexec"
+    if not launcher.exists():
+        pytest.skip("mpiexec of the extra `mpi` is not installed")
+    return subprocess.Popen(
+        [launcher, "-n", str(ranks), sys.executable, *arguments],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip

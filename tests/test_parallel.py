@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from test_run import mpiexec
+from runs import mpiexec
 
 from guided_diffusion import dist_util, parallel
 from guided_diffusion.config import BadInput

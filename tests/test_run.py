@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, randomised
-from runs import SCRIPTS, refused, run
+from runs import SCRIPTS, environment, mpiexec, refused, run
 
 from guided_diffusion.script_util import create_model_and_diffusion
 
@@ -42,21 +42,6 @@ def result(folder, count=10):
 
 def command(flags):
     return [str(SCRIPTS / "image_sample.py"), *(str(part) for key in flags for part in (f"--{key}", flags[key]))]
-
-
-def environment(**more):
-    kept = {key: value for key, value in os.environ.items() if not re.match("PMI|OMPI|MPI|RANK|WORLD", key)}
-    return kept | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | more
-
-
-def mpiexec(ranks, arguments):
-    launcher = Path(sys.executable).parent / "mpiexec"
-    if not launcher.exists():
-        pytest.skip("mpiexec of the extra `mpi` is not installed")
-    return subprocess.Popen(
-        [launcher, "-n", str(ranks), sys.executable, *arguments],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
 
 
 def test_a_finished_run_makes_nothing_again(flags, capsys):
@@ -225,9 +210,15 @@ def test_the_death_of_a_rank_ends_the_job_and_the_next_start_goes_on(flags, tmp_
     assert result(tmp_path / "slow") == result(flags["out_dir"])
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def test_torchrun(flags, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29777",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
          *command(flags)],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), timeout=240, check=False,
     )  # fmt: skip
