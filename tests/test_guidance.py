@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from guided_diffusion.attention import find_block
+from guided_diffusion.attention import attention_score, find_block
 from guided_diffusion.guidance.base import GuidedDenoiser, Interval
 from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier import classifier_gradient
@@ -117,8 +117,10 @@ def test_what_is_blurred_is_clamped_only_with_clip_denoised(small):
         assert torch.equal(counting.inputs[1], blurred)
 
 
-def test_uniform_attention_gives_an_empty_mask():
-    assert not attention_mask(torch.ones(2, 64), (SIDE, SIDE), 1.0).any()
+@pytest.mark.parametrize("side", [4, 6, 7, 8, 12, 14, 24, 32])
+def test_uniform_attention_gives_an_empty_mask(side):
+    alike = torch.ones(2, 3, side**2, 8)
+    assert not attention_mask(attention_score(alike, alike), (side, side), 1.0).any()
 
 
 def test_mask_is_upsampled_to_whole_squares():

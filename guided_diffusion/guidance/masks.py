@@ -6,6 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+ROUNDING = 2e-6
+"""How far above ψ a score must be: uniform attention scores 1 only up to float32 rounding."""
+
+
 def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of a feature map with so many tokens, of an image of height × width."""
     factor = math.isqrt(height * width // tokens)
@@ -16,7 +20,10 @@ def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
 
 
 def attention_mask(score: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """M = 1(A > ψ): scores [N, T] to a bool mask [N, 1, H, W], nearest-upsampled to size (H, W)."""
+    """M = 1(A > ψ): scores [N, T] to a bool mask [N, 1, H, W], nearest-upsampled to size (H, W).
+
+    A score that exceeds ψ by rounding alone (`ROUNDING`) does not count.
+    """
     grid = token_grid(score.shape[1], *size)
-    selected = (score > threshold).float().reshape(-1, 1, *grid)
+    selected = (score > threshold + ROUNDING).float().reshape(-1, 1, *grid)
     return F.interpolate(selected, size, mode="nearest").bool()
