@@ -5,7 +5,6 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-
 ROUNDING = 2e-6
 """How far above ψ a score must be: uniform attention scores 1 only up to float32 rounding."""
 
