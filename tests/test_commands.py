@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import flags
 
+from golden import flags
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, merge
 from guided_diffusion.script_util import build_classifier, build_network, sr_create_model_and_diffusion
 

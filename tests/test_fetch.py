@@ -6,12 +6,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import SMALL
-from runs import run
 
+from conftest import SMALL
 from guided_diffusion import fetch
 from guided_diffusion.checkpoints import load_state_dict, save_atomically
 from guided_diffusion.script_util import create_model_and_diffusion
+from runs import run
 
 DATA = bytes(range(256)) * 20000
 

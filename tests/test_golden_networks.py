@@ -1,10 +1,10 @@
 """Networks, schedules, losses and p_mean_variance against guided-diffusion's own numbers."""
 
-import golden
 import numpy as np
 import pytest
 import torch
 
+import golden
 from guided_diffusion.script_util import create_classifier, create_model_and_diffusion, sr_create_model_and_diffusion
 
 CASES = golden.names("unet")

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import golden
 import numpy as np
 import pytest
 import torch
 
+import golden
 from guided_diffusion import samplers
 from guided_diffusion.denoiser import Prediction
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser

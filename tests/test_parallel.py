@@ -8,10 +8,10 @@ import types
 
 import pytest
 import torch
-from runs import mpiexec
 
 from guided_diffusion import dist_util, parallel
 from guided_diffusion.config import BadInput
+from runs import mpiexec
 
 
 def script(tmp_path, text):

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, randomised
-from runs import SCRIPTS, environment, mpiexec, refused, run
 
+from conftest import SMALL, randomised
 from guided_diffusion.script_util import create_model_and_diffusion
+from runs import SCRIPTS, environment, mpiexec, refused, run
 
 FLAGS = SMALL | {"class_cond": True, "num_classes": 4, "timestep_respacing": 3, "num_samples": 10, "batch_size": 2}
 FLAGS |= {"shard_size": 4, "sag_scale": 0.5, "sag_block": "middle_block.1"}

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomised
 from PIL import Image
-from runs import refused, run
 
+from conftest import randomised
 from guided_diffusion.config import ClassifierConfig
 from guided_diffusion.script_util import build_classifier, create_model_and_diffusion
 from guided_diffusion.unet import _say_no_fp16
+from runs import refused, run
 
 NETWORK = {
     "image_size": "32",

@@ -6,11 +6,11 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
 from PIL import Image, ImageFont
-from runs import SCRIPTS, refused, run
 
+from conftest import SMALL
 from guided_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
+from runs import SCRIPTS, refused, run
 
 SR = {
     "large_size": 32, "small_size": 8, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "16,8",

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
 from PIL import Image
 
+from conftest import SMALL
 from guided_diffusion.checkpoints import load_state_dict
 from guided_diffusion.denoiser import ModelMeanType
 from guided_diffusion.script_util import create_model_and_diffusion
