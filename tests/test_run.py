@@ -160,11 +160,12 @@ def test_grace_lets_the_shard_in_hand_be_finished(flags, tmp_path):
     while not (shards / "shard_000000.npz").exists():
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
     there = len(list(shards.glob("shard_*.npz")))
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert len(list(shards.glob("shard_*.npz"))) == there + 1
+    # One more, or two if one was finished while the signal was on its way.
+    assert there + 1 <= len(list(shards.glob("shard_*.npz"))) <= there + 2
 
 
 def test_ranks_of_mpi_make_the_same_file(flags, tmp_path):
