@@ -1,0 +1,195 @@
+"""The metrics of samples against a reference, from their features: what can be computed, and how sure it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from evaluations.features import FeatureRows, ImageFeatures
+from evaluations.moments import (
+    FrechetDistance,
+    Gaussian,
+    Moments,
+    frechet_distance,
+    frechet_influence,
+    frechet_jackknife,
+)
+from evaluations.neighbours import Distances, Neighbours, neighbours
+from evaluations.scores import SPLIT, Measured, frechet_infinity, inception_score, kernel_distance
+from evaluations.sources import Source
+
+MANIFOLD = ("precision", "recall")
+EXTENDED = ("kid", "fid_infinity", "density", "coverage", "copies", "inception_score_shuffled")
+OF_BOTH = {*MANIFOLD, "kid", "density", "coverage", "copies"}
+"""Metrics that compare images with images: statistics alone do not do."""
+JACKKNIFED = 128
+"""Fewer samples than dimensions, and no more than these: their distance's error is found by leaving one out."""
+NEIGHBOURS_K, EXTENDED_K = 3, 5
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side of the comparison: the source, and its images' features if they were computed."""
+
+    source: Source
+    features: ImageFeatures | None
+
+    def rows(self, name: str) -> FeatureRows | None:
+        return self.features.rows.get(name) if self.features else None
+
+    def gaussian(self, name: str) -> Gaussian:
+        """Mean and covariance of a feature: the file's own statistics, else those of the images."""
+        if name in self.source.statistics:
+            return self.source.statistics[name]
+        rows = self.rows(name)
+        gaussian = Moments.sum(Moments.of(block.numpy()) for block in rows.blocks()).gaussian()
+        few = len(rows) <= len(gaussian.mean)
+        return gaussian.with_features(rows[:].numpy()) if few else gaussian
+
+
+@dataclass
+class Evaluation:
+    """Metrics by name, the parts of each Fréchet distance, and why a metric is missing."""
+
+    metrics: dict[str, Measured] = field(default_factory=dict)
+    parts: dict[str, FrechetDistance] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def metric_names(distance: str, extended: bool) -> list[str]:
+    """All metrics there are for a feature network whose Fréchet distance is called `distance`."""
+    inception = distance == "fid"
+    names = [distance, *(["sfid", "inception_score"] if inception else []), *MANIFOLD]
+    more = [name for name in EXTENDED if inception or not name.startswith(("fid", "inception"))]
+    return names + (more if extended else [])
+
+
+def why_not(metric: str, reference: Source, samples: Source) -> str:
+    """Why a metric cannot be computed from two sources; empty if it can."""
+    n = len(samples.images) if samples.images else 0
+    if metric in OF_BOTH | {"inception_score", "inception_score_shuffled", "fid_infinity"} and not samples.images:
+        return f"{samples.path} holds statistics, but no images"
+    if metric in OF_BOTH and not reference.images:
+        return f"{reference.path} holds statistics, but no images"
+    for source in (reference, samples):
+        if metric == "sfid" and source.statistics and "spatial" not in source.statistics:
+            return f"{source.path} holds no mu_s and sigma_s"
+    smallest = min(n, len(reference.images)) if reference.images else n
+    if metric in MANIFOLD and smallest <= NEIGHBOURS_K:
+        return f"it needs {NEIGHBOURS_K + 1} images or more on both sides, got {smallest}"
+    if metric in ("density", "coverage", "copies") and smallest <= EXTENDED_K:
+        return f"it needs {EXTENDED_K + 1} images or more on both sides, got {smallest}"
+    return ""
+
+
+def evaluate(
+    reference: Side, samples: Side, metrics: Sequence[str], half: bool, device: torch.device, seed: int = 0
+) -> Evaluation:
+    """Compute `metrics` (names of `metric_names`); those that the sources do not allow are named in `missing`.
+
+    half: precision and recall as upstream's half precision computes them. seed: of the metrics that draw subsets.
+    """
+    result = Evaluation()
+    wanted = []
+    for name in metrics:
+        if reason := why_not(name, reference.source, samples.source):
+            result.missing[name] = reason
+        else:
+            wanted.append(name)
+    for name, feature in (("fid", "pool"), ("frechet_distance", "pool"), ("sfid", "spatial")):
+        if name in wanted:
+            result.metrics[name], result.parts[name] = _frechet(reference, samples, feature)
+    pool = samples.rows("pool")
+    if "fid_infinity" in wanted:
+        try:
+            result.metrics["fid_infinity"] = frechet_infinity(pool, reference.gaussian("pool"), seed)
+        except ValueError as error:
+            result.missing["fid_infinity"] = str(error)
+    if "inception_score" in wanted:
+        result.metrics["inception_score"] = inception_score(samples.rows("logits").blocks(), len(pool))
+    if "inception_score_shuffled" in wanted:
+        order = np.random.default_rng(seed).permutation(len(pool))
+        result.metrics["inception_score_shuffled"] = inception_score(samples.rows("logits").blocks(), len(pool), order)
+    if "kid" in wanted:
+        result.metrics["kid"] = kernel_distance(pool, reference.rows("pool"), device)
+    if set(wanted) & {*MANIFOLD, "density", "coverage", "copies"}:
+        wide = EXTENDED_K if set(wanted) & {"density", "coverage", "copies"} else None
+        result.metrics |= _manifold(reference.rows("pool"), pool, wide, half, device)
+    return result
+
+
+def _frechet(reference: Side, samples: Side, feature: str) -> tuple[Measured, FrechetDistance]:
+    theirs, ours = reference.gaussian(feature), samples.gaussian(feature)
+    distance, error = frechet_distance(ours, theirs), None
+    rows = samples.rows(feature)
+    if rows is not None and 2 < len(rows) <= JACKKNIFED and ours.factor is not None:
+        error = frechet_jackknife(rows[:].numpy(), theirs)
+    elif rows is not None and ours.factor is None:
+        influence = frechet_influence(ours, theirs)
+        if influence:
+            values = np.concatenate([influence(block.numpy()) for block in rows.blocks()])
+            error = float(values.std(ddof=1) / len(values) ** 0.5)
+    return Measured(distance.value, error), distance
+
+
+def _manifold(
+    reference: FeatureRows, samples: FeatureRows, wide: int | None, half: bool, device: torch.device
+) -> dict[str, Measured]:
+    centre = sum(block.sum(dim=0) for block in reference.blocks()) / len(reference)
+    n, m = len(samples), len(reference)
+    found = neighbours(reference, samples, Distances(half, centre, device), NEIGHBOURS_K)
+    if wide is not None:
+        found = _with_wide(found, neighbours(reference, samples, Distances(False, centre, device), NEIGHBOURS_K, wide))
+    counted = {"precision": n, "recall": m, "coverage": m, "copies": n}
+    measured = {}
+    for name in ("precision", "recall", "density", "coverage", "copies"):
+        if (value := getattr(found, name)) is not None:
+            count = counted.get(name)
+            measured[name] = Measured(value, (value * (1 - value) / count) ** 0.5 if count else None)
+    return measured
+
+
+def _with_wide(narrow: Neighbours, wide: Neighbours) -> Neighbours:
+    return Neighbours(narrow.precision, narrow.recall, wide.density, wide.coverage, wide.copies)
+
+
+def not_comparable(
+    features: str, published_weights: bool, reference: Source, samples: Source, metrics: Sequence[str], half: bool
+) -> list[str]:
+    """Why the numbers cannot stand beside published ones; empty if they can."""
+    reasons = []
+    if features != "inception":
+        reasons.append(f"the features are {features}, not Inception's")
+    elif not published_weights:
+        reasons.append("the weights of Inception are not those of the well-known file")
+    n = len(samples.images) if samples.images else "not known"
+    if n != 50_000:
+        reasons.append(f"N is {n}, not 50000")
+    if not reference.statistics:
+        reasons.append("the reference is not a published file with statistics")
+    if set(metrics) & set(MANIFOLD) and not half:
+        reasons.append("published precision and recall are of half precision (--pr_dtype fp16)")
+    return reasons
+
+
+def warnings(reference: Source, samples: Source, metrics: Sequence[str]) -> list[str]:
+    """What a user should know before reading the numbers."""
+    found = []
+    for side, source in (("reference", reference), ("samples", samples)):
+        if source.images and len(source.images) < 2048 and "fid" in metrics:
+            found.append(
+                f"{side}: {len(source.images)} images are fewer than Inception's 2048 dimensions: FID is biased"
+            )
+    if samples.images and "inception_score" in metrics:
+        if samples.images.sorted_labels:
+            found.append("samples: sorted by class, and the Inception score depends on the order; see the shuffled one")
+        if len(samples.images) % SPLIT:
+            found.append(
+                f"samples: {len(samples.images)} is no multiple of {SPLIT}: the last split of the Inception score is "
+                "smaller, and counts as much"
+            )
+    if reference.images and samples.images and reference.images.size != samples.images.size:
+        sizes = ["×".join(map(str, source.images.size)) for source in (reference, samples)]
+        found.append(f"the reference's images are {sizes[0]}, the samples {sizes[1]}")
+    return found

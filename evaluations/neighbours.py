@@ -1,0 +1,144 @@
+"""Metrics from nearest neighbours among features: precision and recall, density and coverage, copies.
+
+Kynkäänniemi et al. 2019 with the definitions of guided-diffusion's evaluator; Naeem et al. 2020; Alaa et al. 2022.
+Distances are squared; no more than a block of them exists at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 2048
+HALF_BLOCK = 10_000
+"""Rows and columns of the blocks in which the original goes back to single precision."""
+
+
+class Rows(Protocol):
+    """Features [N, D] that need not be in memory: a tensor, or what reads them from disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+class Distances:
+    """Squared Euclidean distances of blocks of features, computed on a device.
+
+    half: as guided-diffusion's evaluator computed the published numbers: features, norms, product and sums rounded to
+    half precision, and a block of 10,000 × 10,000 in single precision where an entry of it is not finite. centre: [D],
+    taken from all features else: distances stay, but their rounding, that of differences of squares, gets smaller.
+    """
+
+    def __init__(self, half: bool = False, centre: Tensor | None = None, device: torch.device | str = "cpu"):
+        self.half = half
+        self.block = HALF_BLOCK if half else BLOCK
+        self.centre = None if centre is None or half else centre.to(device)
+        self.device = device
+
+    def between(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """[N, D] and [M, D] to [N, M] float32, at least 0."""
+        if self.half:
+            distances = self._half(rows, columns)
+            if distances.isfinite().all():
+                return distances
+        squares = rows.square().sum(dim=1)[:, None], columns.square().sum(dim=1)
+        return torch.addmm(squares[1], rows, columns.T, alpha=-2).add_(squares[0]).clamp_(min=0)
+
+    @staticmethod
+    def _half(rows: Tensor, columns: Tensor) -> Tensor:
+        def rounded(x: Tensor) -> Tensor:
+            return x.half().float()
+
+        rows, columns = rounded(rows), rounded(columns)
+        norms = [rounded(rounded(x.square()).sum(dim=1)) for x in (rows, columns)]
+        # In place: each step is rounded, and a block is large.
+        distances = (rows @ columns.T).mul_(-2)
+        distances = distances.copy_(distances.half()).add_(norms[0][:, None])
+        distances = distances.copy_(distances.half()).add_(norms[1])
+        return distances.copy_(distances.half()).clamp_(min=0)
+
+    def cut(self, features: Rows) -> Iterator[tuple[slice, Tensor]]:
+        """The features in blocks, with the rows they are."""
+        for start in range(0, len(features), self.block):
+            rows = slice(start, start + self.block)
+            block = features[rows].to(self.device)
+            yield rows, block if self.centre is None else block - self.centre
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """The `count` smallest entries of each row, ascending."""
+    return values.topk(min(count, values.shape[1]), dim=1, largest=False, sorted=True).values
+
+
+def radii(features: Rows, k: int, distances: Distances) -> Tensor:
+    """Squared distance of each feature [N, D] to its k-th nearest other one: [N].
+
+    As upstream counts: the entry k (from 0) of a row in ascending order, the distance 0 to itself being one of them.
+    """
+    if len(features) <= k:
+        raise ValueError(f"nearest neighbours: wanted more than {k} samples, got {len(features)}")
+    smallest = torch.full((len(features), k + 1), torch.inf, device=distances.device)
+    for rows, left in distances.cut(features):
+        for columns, right in distances.cut(features):
+            if columns.start < rows.start and not distances.half:
+                continue  # had by symmetry, which rounding to half precision breaks
+            block = distances.between(left, right)
+            if columns == rows and not distances.half:
+                block.fill_diagonal_(0)
+            elif not distances.half:
+                merged = torch.cat([smallest[columns], _smallest(block.T.contiguous(), k + 1)], dim=1)
+                smallest[columns] = _smallest(merged, k + 1)
+            smallest[rows] = _smallest(torch.cat([smallest[rows], _smallest(block, k + 1)], dim=1), k + 1)
+    return smallest[:, k]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Shares, each in [0, 1] (density: at least 0), of samples and reference images; None where not asked for."""
+
+    precision: float
+    recall: float
+    density: float | None = None
+    coverage: float | None = None
+    copies: float | None = None
+
+
+def neighbours(
+    reference: Rows, samples: Rows, distances: Distances, k: int = 3, extended_k: int | None = None
+) -> Neighbours:
+    """Precision and recall of samples [N, D] against reference features [M, D], and with `extended_k` the others.
+
+    precision: share of samples inside a ball around a reference feature that reaches to its k-th nearest other one
+    (`<=`); recall: the same with the sides exchanged. density and coverage: Naeem et al., with extended_k. copies:
+    share of samples that are nearer to a reference image than any other reference image is.
+    """
+    reference_radii, sample_radii = radii(reference, k, distances), radii(samples, k, distances)
+    inside_reference = torch.zeros(len(samples), dtype=torch.bool, device=distances.device)
+    inside_samples = torch.zeros(len(reference), dtype=torch.bool, device=distances.device)
+    if extended_k is not None:
+        wide, nearest = radii(reference, extended_k, distances), radii(reference, 1, distances)
+        balls = torch.zeros(len(samples), dtype=torch.int64, device=distances.device)
+        covered, copied = torch.zeros_like(inside_samples), torch.zeros_like(inside_reference)
+    for rows, left in distances.cut(reference):
+        for columns, right in distances.cut(samples):
+            block = distances.between(left, right)
+            inside_reference[columns] |= (block <= reference_radii[rows, None]).any(dim=0)
+            inside_samples[rows] |= (block <= sample_radii[columns]).any(dim=1)
+            if extended_k is not None:
+                within = block <= wide[rows, None]
+                balls[columns] += within.sum(dim=0)
+                covered[rows] |= within.any(dim=1)
+                copied[columns] |= (block < nearest[rows, None]).any(dim=0)
+    found = Neighbours(float(inside_reference.double().mean()), float(inside_samples.double().mean()))
+    if extended_k is None:
+        return found
+    return Neighbours(
+        found.precision,
+        found.recall,
+        float(balls.double().mean()) / extended_k,
+        float(covered.double().mean()),
+        float(copied.double().mean()),
+    )

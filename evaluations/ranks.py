@@ -1,0 +1,121 @@
+"""The ranks of an evaluation: MPI's or torchrun's, or one process; a few messages, no tensors."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+
+
+class BadInputError(Exception):
+    """What the user gave is wrong: one sentence."""
+
+
+class Ranks:
+    """One process; the others below it speak over MPI or torch.distributed."""
+
+    rank, size, local_rank = 0, 1, 0
+
+    def gather(self, item: Any) -> list[Any]:
+        """The items of all ranks, on all ranks."""
+        return [item]
+
+    def agree(self, make: Callable[[], T]) -> T:
+        """What this rank makes of the user's input; a ValueError or OSError of any rank is `BadInputError` on all."""
+        made, error = None, None
+        try:
+            made = make()
+        except (ValueError, OSError) as problem:
+            error = str(problem)
+        for theirs in self.gather(error):
+            if theirs is not None:
+                raise BadInputError(theirs)
+        return made
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes of the user's input, on all ranks."""
+        return self.gather(self.agree(make if self.rank == 0 else lambda: None))[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this rank, else the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+    def abort(self, code: int) -> None:
+        """End all ranks."""
+        raise SystemExit(code)
+
+
+class MpiRanks(Ranks):
+    def __init__(self):
+        from mpi4py import MPI
+
+        self._comm = MPI.COMM_WORLD
+        self.rank, self.size = self._comm.rank, self._comm.size
+        self.local_rank = self._comm.Split_type(MPI.COMM_TYPE_SHARED).rank
+
+    def gather(self, item: Any) -> list[Any]:
+        return self._comm.allgather(item)
+
+    def abort(self, code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(0.2)  # or the last lines are lost
+        self._comm.Abort(code)
+
+
+class TorchRanks(Ranks):
+    def __init__(self):
+        torch.distributed.init_process_group("gloo")
+        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    def gather(self, item: Any) -> list[Any]:
+        gathered = [None] * self.size
+        torch.distributed.all_gather_object(gathered, item)
+        return gathered
+
+
+def start() -> Ranks:
+    """The ranks this process was started among: torchrun's variables first, then MPI's, else alone."""
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return TorchRanks()
+    if any(name in os.environ for name in MPI_VARIABLES):
+        try:
+            return MpiRanks()
+        except (ImportError, RuntimeError) as error:
+            raise BadInputError(
+                f"started by an MPI launcher, but MPI cannot be loaded ({' '.join(str(error).split())}); pip install "
+                "'.[mpi]', or mpi4py built for the cluster's MPI"
+            ) from None
+    return Ranks()
+
+
+def run(main: Callable[[Ranks], None]) -> None:
+    """Run a program on the ranks: bad input is one line from rank 0 and status 2, a failed rank ends them all."""
+    ranks = Ranks()
+    try:
+        ranks = start()
+        if ranks.size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            local = len([host for host in ranks.gather(os.uname().nodename) if host == os.uname().nodename])
+            torch.set_num_threads(max(1, cores // local))
+        main(ranks)
+    except BadInputError as error:
+        if ranks.rank == 0:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+    except Exception:
+        if ranks.size == 1:
+            raise
+        traceback.print_exc()
+        ranks.abort(1)

@@ -1,0 +1,244 @@
+"""What an evaluation reads: images from npz files, shard folders and folders of pictures, and statistics."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import blobfile as bf
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from evaluations.arrays import ArrayFile, names
+from evaluations.moments import Gaussian
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+MAX_DIMENSIONS = 16384
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Images of one file: rows start to start + count of the whole set."""
+
+    path: str
+    start: int
+    count: int
+    array: ArrayFile | None = None
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        if self.array is not None:
+            return self.array.read(start, stop)
+        return _picture(self.path)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """N images of one size, uint8, in an order that is always the same."""
+
+    parts: Sequence[Part]
+    size: tuple[int, int]
+    sorted_labels: bool = False
+
+    def __len__(self) -> int:
+        return self.parts[-1].start + self.parts[-1].count
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Images start to stop, [N, H, W, 3]; a ValueError if they are not what was announced."""
+        starts = [part.start for part in self.parts]
+        first = int(np.searchsorted(starts, start, side="right")) - 1
+        pieces = []
+        for part in self.parts[first:]:
+            if part.start >= stop:
+                break
+            low, high = max(start - part.start, 0), min(stop - part.start, part.count)
+            piece = part.read(low, high)
+            if piece.shape[1:] != (*self.size, 3):
+                raise ValueError(
+                    f"{part.path}: wanted {_shape(self.size)} like the others, got {_shape(piece.shape[1:])}"
+                )
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One side of an evaluation. statistics: by feature, "pool" and "spatial", where the file brings them.
+
+    about: what the run that made the images says of itself (its manifest), where there is one.
+    """
+
+    path: str
+    images: Images | None = None
+    statistics: dict[str, Gaussian] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def open_source(path: str) -> Source:
+    """What lies at `path`: an npz, a folder of shards, or a folder of pictures; a ValueError says what is wrong."""
+    if bf.isdir(path):
+        return _open_folder(path)
+    found = names(path)
+    has_images = "arr_0" in found
+    statistics = _statistics(path, found)
+    if not has_images and not statistics:
+        raise ValueError(
+            f"{path}: wanted images (arr_0) or statistics (mu, sigma), got {', '.join(found) or 'nothing'}"
+        )
+    images = None
+    if has_images:
+        array = _image_array(path)
+        images = Images([Part(path, 0, len(array), array)], array.shape[1:3], _are_sorted([_labels(path, found)]))
+    manifest = _manifest(bf.join(bf.dirname(path), "manifest.json"))
+    return Source(path, images, statistics, manifest if manifest.get("file") == bf.basename(path) else {})
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _labels(path: str, found: Sequence[str]) -> NDArray:
+    """The classes arr_1 of an npz, empty where there are none."""
+    labels = ArrayFile(path, "arr_1").all() if "arr_1" in found else np.zeros(0)
+    return labels if labels.ndim == 1 and labels.dtype.kind in "iu" else np.zeros(0)
+
+
+def _are_sorted(parts: Sequence[NDArray]) -> bool:
+    labels = np.concatenate(parts)
+    return len(labels) > 1 and labels[0] != labels[-1] and bool((np.diff(labels) >= 0).all())
+
+
+def _image_array(path: str) -> ArrayFile:
+    """arr_0 of an npz, which must be uint8 [N, H, W, 3]."""
+    array = ArrayFile(path, "arr_0")
+    wrong = f"{path}: arr_0: wanted uint8 [N, H, W, 3], got {array.dtype} {list(array.shape)}"
+    if array.dtype != np.uint8:
+        raise ValueError(f"{wrong}{_advice(array)}")
+    if len(array.shape) != 4 or array.shape[3] != 3:
+        if len(array.shape) == 4 and array.shape[1] == 3:
+            raise ValueError(f"{wrong}: channels come last, transpose(0, 2, 3, 1)")
+        raise ValueError(wrong)
+    if array.fortran:
+        raise ValueError(f"{wrong} in Fortran order: save numpy.ascontiguousarray of it")
+    if not array.shape[0] or 0 in array.shape:
+        raise ValueError(f"{wrong}: no image")
+    return array
+
+
+def _advice(array: ArrayFile) -> str:
+    """What was probably meant by images that are not uint8."""
+    if array.dtype.kind not in "fiu" or not len(array) or array.fortran:
+        return ""
+    some = array.read(0, min(len(array), 16))
+    low, high = float(some.min()), float(some.max())
+    if array.dtype.kind in "iu":
+        return ": cast it to uint8" if low >= 0 and high <= 255 else ""
+    if low >= 0 and high <= 1:
+        return ", which look like [0, 1]: times 255, rounded, as uint8"
+    if low >= -1 and high <= 1:
+        return ", which look like [-1, 1]: (x + 1) · 127.5, rounded, as uint8"
+    return ""
+
+
+def _statistics(path: str, found: Sequence[str]) -> dict[str, Gaussian]:
+    statistics = {}
+    for feature, pair in STATISTICS.items():
+        there = [name for name in pair if name in found]
+        if len(there) == 1:
+            raise ValueError(f"{path}: wanted both {pair[0]} and {pair[1]}, got {there[0]} alone")
+        if there:
+            statistics[feature] = _gaussian(path, *pair)
+    if "spatial" in statistics and "pool" not in statistics:
+        raise ValueError(f"{path}: wanted mu and sigma beside mu_s and sigma_s, got none")
+    return statistics
+
+
+def _gaussian(path: str, mean_name: str, covariance_name: str) -> Gaussian:
+    arrays = {name: ArrayFile(path, name) for name in (mean_name, covariance_name)}
+    shape = arrays[mean_name].shape
+    if shape and shape[0] > MAX_DIMENSIONS:
+        raise ValueError(f"{path}: {mean_name}: wanted at most {MAX_DIMENSIONS} dimensions, got {shape[0]}")
+    for name, wanted in ((mean_name, shape[:1]), (covariance_name, shape * 2)):
+        array = arrays[name]
+        if len(shape) != 1 or array.shape != wanted or array.dtype.kind != "f":
+            kind = "floats [D]" if name == mean_name else f"floats {list(wanted)}"
+            raise ValueError(f"{path}: {name}: wanted {kind}, got {array.dtype} {list(array.shape)}")
+    mean, covariance = (array.all().astype(np.float64) for array in arrays.values())
+    for name, value in ((mean_name, mean), (covariance_name, covariance)):
+        if not np.isfinite(value).all():
+            raise ValueError(f"{path}: {name}: wanted finite numbers, got NaN or infinity")
+    asymmetry = np.abs(covariance - covariance.T).max() if len(covariance) else 0
+    if asymmetry > 1e-5 * max(np.abs(covariance).max(), 1e-300):
+        raise ValueError(
+            f"{path}: {covariance_name}: wanted a symmetric matrix, got one that differs by {asymmetry:.2g}"
+        )
+    return Gaussian(mean, (covariance + covariance.T) / 2)
+
+
+def _manifest(path: str) -> dict[str, Any]:
+    if not bf.exists(path):
+        return {}
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            manifest = json.loads(file.read(2**24))
+    except (ValueError, RecursionError, OSError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _open_folder(path: str) -> Source:
+    folder = bf.join(path, "shards") if bf.isdir(bf.join(path, "shards")) else path
+    listed = sorted(bf.listdir(folder))
+    shards = [name for name in listed if name.startswith("shard_") and name.endswith(".npz")]
+    if shards:
+        about = _manifest(bf.join(path, "manifest.json"))
+        return Source(path, _open_shards(folder, shards, about.get("samples")), about=about)
+    pictures = [name for name in listed if name.lower().endswith(IMAGE_SUFFIXES)]
+    if not pictures:
+        raise ValueError(f"{path}: wanted shards (shard_….npz) or pictures (png, jpg, …) in this folder, got neither")
+    parts = [Part(bf.join(folder, name), number, 1) for number, name in enumerate(pictures)]
+    return Source(path, Images(parts, _picture(parts[0].path).shape[:2]))
+
+
+def _open_shards(folder: str, names_: Sequence[str], samples: int | None) -> Images:
+    """Shards in the order of their first samples: each says where it begins, and together they must leave no gap."""
+    found = []
+    for name in names_:
+        path = bf.join(folder, name)
+        array = _image_array(path)
+        try:
+            about = json.loads(ArrayFile(path, "about").all().tobytes())
+            found.append((int(about["first"]), path, array))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: about: wanted what sampling writes into a shard, got {error}") from None
+    parts: list[Part] = []
+    count, size = 0, found[0][2].shape[1:3]
+    for first, path, array in sorted(found, key=lambda item: item[0]):
+        if isinstance(samples, int) and first >= samples:
+            break
+        if first != count:
+            word = "are missing" if first > count else "are there twice"
+            low, high = sorted((first, count))
+            raise ValueError(
+                f"{path}: wanted to begin at sample {count}, got {first}: samples {low} to {high - 1} {word}"
+            )
+        if array.shape[1:3] != size:
+            raise ValueError(f"{path}: wanted {_shape(size)} like the others, got {_shape(array.shape[1:3])}")
+        parts.append(Part(path, first, len(array), array))
+        count += len(array)
+    if isinstance(samples, int) and count != samples:
+        raise ValueError(
+            f"{folder}: wanted the {samples} samples of its manifest, got {count}: let the run finish first"
+        )
+    return Images(parts, size, _are_sorted([_labels(part.path, names(part.path)) for part in parts]))
+
+
+def _picture(path: str) -> NDArray[np.uint8]:
+    try:
+        with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
+            if image.mode != "RGB":
+                raise ValueError(f"{path}: wanted an RGB picture, got mode {image.mode}")
+            return np.asarray(image)
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a whole picture ({' '.join(str(error).split())[:80]})") from None
