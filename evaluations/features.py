@@ -94,7 +94,7 @@ def extract(
         digests = {}
         quiet = None if ranks.rank == 0 else True
         bar = tqdm(total=len(images), desc=description, unit="image", disable=quiet, dynamic_ncols=True)
-        if bar.disable and ranks.rank == 0:
+        if bar.disable and ranks.rank == 0 and len(blocks) > 4:
             sys.stderr.write(f"{description}: features of {len(images)} images on {network.device}\n")
         with bar, ThreadPoolExecutor(1) as reader:
             upcoming = reader.submit(_read, images, mine[0]) if mine else None

@@ -6,6 +6,7 @@ from functools import reduce
 
 import numpy as np
 import scipy.linalg
+import scipy.linalg.blas
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -16,7 +17,7 @@ ACCURACY = 1e-9
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over n features of D numbers in float64: `total` Σx, [D], and `products` Σxxᵀ, [D, D].
+    """Sums over n features of D numbers in float64: `total` Σx, [D], and `products` the upper half of Σxxᵀ, [D, D].
 
     Adding two gives the moments of both sets together, in any order.
     """
@@ -29,7 +30,7 @@ class Moments:
     def of(cls, features: NDArray) -> "Moments":
         """The moments of features [N, D]."""
         x = features.astype(np.float64)
-        return cls(len(x), x.sum(axis=0), x.T @ x)
+        return cls(len(x), x.sum(axis=0), scipy.linalg.blas.dsyrk(1.0, x.T))
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.n + other.n, self.total + other.total, self.products + other.products)
@@ -44,7 +45,9 @@ class Moments:
         if self.n < 2:
             raise ValueError(f"a covariance needs 2 samples or more, got {self.n}")
         mean = self.total / self.n
-        return Gaussian(mean, (self.products - self.n * np.outer(mean, mean)) / (self.n - 1), self.n)
+        upper = np.triu(self.products)
+        products = upper + np.triu(upper, 1).T
+        return Gaussian(mean, (products - self.n * np.outer(mean, mean)) / (self.n - 1), self.n)
 
 
 @dataclass(frozen=True)

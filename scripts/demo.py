@@ -1,16 +1,20 @@
 """Self-attention guidance in five minutes: the embedded model, the same noise, without and with guidance.
 
 Settings come from configs/emoji.yaml, then flags. Writes to runs/demo: comparison.png (unguided | attention mask |
-guided), the folders unguided and guided with all samples, and summary.txt. All flags of image_sample.py work here too:
+guided), the folders unguided and guided with all samples, and summary.txt with their distances to the training
+pictures. All flags of image_sample.py work here too:
 
   python scripts/demo.py --num_samples 4 --sag_scale 2
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from evaluations.judge import Settings, judge
 from guided_diffusion import pictures
 from guided_diffusion.config import DiffusionConfig, GuidanceConfig, NetworkConfig, exit_on_bad_input, parse_args
 from guided_diffusion.files import write_atomically
@@ -29,6 +33,8 @@ from guided_diffusion.sampling import (
 from guided_diffusion.script_util import build_diffusion, build_guidance, build_network
 
 CONFIG = Path(__file__).parent.parent / "configs" / "emoji.yaml"
+MODELS = CONFIG.parent / "models"
+REFERENCES = {"train": "training pictures", "held_out": "held-out pictures"}
 SHOWN = 16
 PANEL_WIDTH = 550
 
@@ -44,6 +50,33 @@ def comparison(unguided: np.ndarray, blurred_share: np.ndarray, guided: np.ndarr
     return pictures.titled_panels(
         [(title, pictures.enlarge(pictures.grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels]
     )
+
+
+def distances(unguided: str, guided: str, cache: Path) -> list[str]:
+    """Lines about how far two runs are from the pictures of the data set, beside the distances of many samples."""
+    lines = []
+    for reference, title in REFERENCES.items():
+        results = {}
+        for name, folder in (("unguided", unguided), ("guided", guided)):
+            pictures_of = str(MODELS / f"emoji32_{reference}.npz")
+            results[name] = judge(Settings(pictures_of, folder, features="emoji", cache=cache))
+            results[f"{name}, committed"] = json.loads((MODELS / "distances" / f"{name}_{reference}.json").read_text())
+        lines.append(f"Against the {title} (emoji features, value ± standard error):")
+        lines += [f"  {name:<20} N = {result['n']:<6}{described(result)}" for name, result in results.items()]
+    return lines
+
+
+def described(result: dict[str, Any]) -> str:
+    """The metrics of an evaluation in one line."""
+    parts = []
+    for metric, title in (("frechet_distance", "Fréchet distance"), ("precision", "precision"), ("recall", "recall")):
+        measured = result["metrics"].get(metric)
+        if measured is None:
+            parts.append(f"{title} –")
+        else:
+            error = "" if measured["error"] is None else f" ± {measured['error']:.2f}"
+            parts.append(f"{title} {measured['value']:.2f}{error}")
+    return ", ".join(parts)
 
 
 def main() -> None:
@@ -108,6 +141,7 @@ def main() -> None:
         f"  {guidance_config.block_name} selects {selected.mean() / steps_per_sample:.0%} of the pixels; guidance "
         f"changes a pixel by {change:.1f} of 255 on average",
         f"  look at {out_dir / 'comparison.png'}",
+        *(distances(str(out_dir / "unguided"), str(out_dir / "guided"), out_dir / "features") if side == 32 else []),
         "This small model on few pictures checks the software; it is no evidence about self-attention guidance.",
     ]
     text = "\n".join(lines) + "\n"

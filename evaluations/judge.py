@@ -1,0 +1,151 @@
+"""A whole evaluation: two sources and settings in, all numbers and where they came from out."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evaluations.dinov2 import dinov2
+from evaluations.emoji import WEIGHTS, emoji_features
+from evaluations.evaluation import OF_BOTH, Side, evaluate, metric_names, not_comparable, warnings, why_not
+from evaluations.features import extract
+from evaluations.inception import SHA256, inception, published_weights
+from evaluations.networks import FeatureNetwork, use_whole_floats, versions
+from evaluations.ranks import Ranks
+from evaluations.sources import Source, open_source
+
+
+def cache_folder() -> Path:
+    """$SAG_CACHE, else self-attention-guidance in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SAG_CACHE") or Path(base, "self-attention-guidance"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare and how; the evaluator's flags, by the same names.
+
+    metrics: names, None for all that the sources allow. inception: its weights, None for the well-known file. weights:
+    those of dinov2 (a folder) or emoji (a file, None for the embedded one).
+    """
+
+    reference: str
+    samples: str
+    features: str = "inception"
+    inception: Path | None = None
+    weights: Path | None = None
+    metrics: tuple[str, ...] | None = None
+    extended: bool = False
+    pr_dtype: str = "fp32"
+    batch_size: int = 64
+    seed: int = 0
+    cache: Path = field(default_factory=lambda: cache_folder() / "features")
+
+    @property
+    def distance(self) -> str:
+        """What the Fréchet distance of these features is called: FID is Inception's alone."""
+        return "fid" if self.features == "inception" else "frechet_distance"
+
+
+def feature_network(settings: Settings, ranks: Ranks) -> FeatureNetwork:
+    """The network that the flags ask for, with its weights, on the device of this rank."""
+    if settings.features != "inception":
+        return ranks.agree(lambda: dinov2(settings.weights, ranks.device) if settings.features == "dinov2"
+                           else emoji_features(settings.weights or WEIGHTS, ranks.device))  # fmt: skip
+    path = ranks.first(lambda: settings.inception or published_weights(cache_folder()))
+    return ranks.agree(lambda: inception(path, ranks.device))
+
+
+def chosen_metrics(settings: Settings, reference: Source, samples: Source) -> list[str]:
+    """The metrics to compute; a ValueError where one is asked for by name and cannot be."""
+    names = metric_names(settings.distance, settings.extended or settings.metrics is not None)
+    if settings.metrics is None:
+        return names
+    for name in settings.metrics:
+        if name not in names:
+            raise ValueError(f"--metrics: wanted some of {', '.join(names)}, got {name!r}")
+        if reason := why_not(name, reference, samples):
+            raise ValueError(f"--metrics {name}: {reason}")
+    return list(settings.metrics)
+
+
+def check(settings: Settings, reference: Source, samples: Source) -> None:
+    """A ValueError where the flags do not go together, or two sources cannot be compared by the features asked for."""
+    if settings.features == "dinov2" and settings.weights is None:
+        raise ValueError("--features dinov2: give --weights, a folder with config.json and model.safetensors")
+    if settings.features == "inception" and settings.weights is not None:
+        raise ValueError("--weights: the weights of Inception are given by --inception")
+    for source in (reference, samples):
+        if source.images is not None and not source.statistics and len(source.images) < 2:
+            raise ValueError(f"{source.path}: wanted 2 images or more, got {len(source.images)}")
+        if source.statistics and settings.features != "inception":
+            needs = f"--features {settings.features} needs images alone"
+            raise ValueError(f"{source.path}: holds statistics of Inception features; {needs}")
+        for feature, name, size in (("pool", "mu", 2048), ("spatial", "mu_s", 2023)):
+            if (gaussian := source.statistics.get(feature)) and len(gaussian.mean) != size:
+                raise ValueError(f"{source.path}: {name}: wanted {size} dimensions, got {len(gaussian.mean)}")
+
+
+def described(side: Side) -> dict[str, Any]:
+    """Where one side came from: path, number of images, digest, and what its run said of itself."""
+    images, about = side.source.images, side.source.about
+    return {
+        "path": side.source.path,
+        "images": len(images) if images else None,
+        "sha256_of_blocks": side.features.digest if side.features else None,
+        "statistics": sorted(side.source.statistics),
+        "run": {key: about[key] for key in ("guidance", "network_evaluations_per_sample", "hash") if key in about},
+    }
+
+
+def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Evaluate samples against a reference; the numbers on rank 0, an empty dict on the others.
+
+    Bad input is a `BadInputError`. Returns what the evaluator writes as JSON: metrics with value and error, the parts
+    of the Fréchet distances, what is missing and why, whether the numbers compare with published ones, provenance.
+    """
+    ranks = ranks or Ranks()
+    use_whole_floats()
+    reference, samples = ranks.first(lambda: (open_source(settings.reference), open_source(settings.samples)))
+
+    def choose() -> list[str]:
+        check(settings, reference, samples)
+        return chosen_metrics(settings, reference, samples)
+
+    metrics = ranks.first(choose)
+    for warning in warnings(reference, samples, metrics) if ranks.rank == 0 else []:
+        sys.stderr.write(f"warning: {warning}\n")
+
+    sides, network = [], None
+    for word, source in (("reference", reference), ("samples", samples)):
+        features = None
+        if source.images is not None and (not source.statistics or set(metrics) & OF_BOTH):
+            network = network or feature_network(settings, ranks)
+            features = extract(source.images, network, settings.cache, ranks, settings.batch_size, word)
+        sides.append(Side(source, features))
+    if ranks.rank:
+        return {}
+    half = settings.pr_dtype == "fp16"
+    found = evaluate(*sides, metrics, half, ranks.device, settings.seed)
+    weights = network.weights if network else None
+    because = not_comparable(settings.features, weights in (SHA256, None), reference, samples, metrics, half)
+    return {
+        "metrics": {name: asdict(measured) for name, measured in found.metrics.items()},
+        "parts": {
+            name: {"means": parts.mean_term, "traces": parts.traces, "cross_trace": parts.cross_trace}
+            for name, parts in found.parts.items()
+        },
+        "missing": found.missing,
+        "n": len(samples.images) if samples.images else None,
+        "features": settings.features,
+        "comparable": {"answer": not because, "because": because},
+        "provenance": {
+            "reference": described(sides[0]),
+            "samples": described(sides[1]),
+            "weights_sha256": weights,
+            "pr_dtype": settings.pr_dtype,
+            "seed": settings.seed,
+            "versions": versions(),
+        },
+    }
