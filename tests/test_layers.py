@@ -60,9 +60,8 @@ def imported(path, package="guided_diffusion"):
             top, *below = name.split(".")
             if top == package:
                 found.add(below[0] if below else "__init__")
-            assert top not in {"scripts", "tests", "evaluations", "guided_diffusion"} - {package}, (
-                f"{path.name} imports {name}"
-            )
+            others = {"scripts", "tests", "evaluations", "guided_diffusion"} - {package}
+            assert top not in others, f"{path.name} imports {name}"
     return found
 
 
@@ -85,10 +84,6 @@ def test_evaluation_stands_alone(path):
 
 
 def test_files_are_short():
-    for path in [
-        *PACKAGE.rglob("*.py"),
-        *(ROOT / "evaluations").glob("*.py"),
-        *(ROOT / "scripts").glob("*.py"),
-        *(ROOT / "tests").glob("*.py"),
-    ]:
+    folders = [PACKAGE, *(ROOT / name for name in ("evaluations", "scripts", "tests"))]
+    for path in [path for folder in folders for path in folder.rglob("*.py")]:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path
