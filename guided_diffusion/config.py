@@ -104,6 +104,9 @@ class ClassifierConfig:
     classifier_use_fp16: bool = option(False, "half precision on a GPU")
     classifier_width: int = option(128, "channels of the first level")
     classifier_depth: int = option(2, "residual blocks per level")
+    classifier_channel_mult: str = option(
+        "", "widths of the levels in units of classifier_width, like 1,2,2; empty: by image_size", later=True
+    )
     classifier_attention_resolutions: str = option("32,16,8", "sides of the feature maps that get attention")
     classifier_use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
     classifier_resblock_updown: bool = option(True, "residual blocks resample, not plain convolutions")

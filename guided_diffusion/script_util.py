@@ -80,13 +80,13 @@ def _numbers(key: str, text: str, kind: type) -> list[Any]:
     return [parse_value(part, kind, key) for part in text.split(",")]
 
 
-def _levels(image_size: int, channel_mult: str) -> list[float]:
+def _levels(image_size: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
     if not channel_mult and image_size not in CHANNEL_MULTS:
         known = ", ".join(map(str, CHANNEL_MULTS))
-        raise ValueError(f"channel_mult: none is known for image_size {image_size} (only for {known}); give it")
-    levels = _numbers("channel_mult", channel_mult or CHANNEL_MULTS[image_size], float)
+        raise ValueError(f"{key}: none is known for image_size {image_size} (only for {known}); give it")
+    levels = _numbers(key, channel_mult or CHANNEL_MULTS[image_size], float)
     if image_size % 2 ** (len(levels) - 1):
-        raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as channel_mult asks")
+        raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as {key} asks")
     return levels
 
 
@@ -192,7 +192,7 @@ def build_classifier(image_size: int, config: ClassifierConfig, num_classes: int
         out_channels=num_classes,
         num_res_blocks=config.classifier_depth,
         attention_resolutions=_downsampling(image_size, config.classifier_attention_resolutions),
-        channel_mult=_levels(image_size, ""),
+        channel_mult=_levels(image_size, config.classifier_channel_mult, "classifier_channel_mult"),
         num_head_channels=64,
         use_scale_shift_norm=config.classifier_use_scale_shift_norm,
         resblock_updown=config.classifier_resblock_updown,
