@@ -20,7 +20,13 @@ from tqdm import tqdm
 
 import guided_diffusion
 from guided_diffusion import pictures
-from guided_diffusion.config import ClassifierConfig, GuidanceConfig, exit_on_bad_input, later_defaults
+from guided_diffusion.config import (
+    ClassifierConfig,
+    GuidanceConfig,
+    OtherGuidanceConfig,
+    exit_on_bad_input,
+    later_defaults,
+)
 from guided_diffusion.fetch import local_path
 from guided_diffusion.files import join, write_atomically
 from guided_diffusion.guidance.base import GuidedDenoiser
@@ -37,7 +43,7 @@ OF_THE_RUN = {"out_dir", "num_samples", "overwrite", "grace", "log_json"}
 INPUT_FILES = ("model_path", "classifier_path", "base_samples", "sag_mask")
 """Settings that name a file, or may: its contents count, not its name."""
 
-LATER = later_defaults(SamplingConfig, GuidanceConfig, ClassifierConfig)
+LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig)
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
 
 Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]
