@@ -2,18 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.config import ClassifierConfig
+from guided_diffusion.checkpoints import load_into
+from guided_diffusion.config import ClassifierConfig, read_yaml
 from guided_diffusion.process import ForwardProcess, get_named_beta_schedule
 from guided_diffusion.script_util import build_classifier, create_gaussian_diffusion, create_model_and_diffusion
 from guided_diffusion.training.classifier import ClassifierLoop, ClassifierTrainingConfig, accuracy_by_noise
 from runs import refused, run
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = {
     "classifier_width": 64, "classifier_depth": 1, "classifier_channel_mult": "1,1", "classifier_pool": "adaptive",
     "classifier_attention_resolutions": "8", "classifier_resblock_updown": False,
@@ -156,3 +159,35 @@ def test_other_classes_to_validate_on_are_refused(folders, capsys):
     for path in folders["val_data_dir"].glob("a_*"):
         path.unlink()
     assert "val_data_dir: wanted the classes a, b, got b" in refused(capsys, "classifier_train", **folders, **SIZES)
+
+
+EMOJI = ["--config", CONFIGS / "emoji.yaml", "--config", CONFIGS / "emoji_classifier.yaml"]
+
+
+def test_the_embedded_classifier_pulls_samples_to_their_class(tmp_path):
+    assert (CONFIGS / "models" / "emoji32_classifier.safetensors").stat().st_size <= 3e6
+    config = read_yaml(str(CONFIGS / "emoji_classifier.yaml"))
+    keys = {key: value for key, value in config.items() if key in vars(ClassifierConfig())}
+    classifier = build_classifier(32, ClassifierConfig(**keys), 3)
+    load_into(classifier, str(CONFIGS / "models" / "emoji32_classifier.safetensors"))
+    flags = {"num_samples": 12, "batch_size": 12, "timestep_respacing": 10, "sag_scale": 0}
+    shares = []
+    for scale in (0, 6):
+        folder = tmp_path / str(scale)
+        run("classifier_sample", *EMOJI, **flags, balanced_labels=True, out_dir=folder, classifier_scale=scale)
+        with np.load(folder / "samples_12x32x32x3.npz") as file:
+            images, labels = torch.from_numpy(file["arr_0"]), torch.from_numpy(file["arr_1"])
+        x = images.permute(0, 3, 1, 2) / 127.5 - 1
+        log_probs = classifier.eval()(x, torch.zeros(12)).log_softmax(dim=1).detach()
+        shares.append(float(log_probs.gather(1, labels[:, None]).mean()))
+    assert shares[1] > shares[0] + 0.1
+
+
+def test_the_embedded_classifier_goes_with_the_other_guidances(tmp_path):
+    flags = {"num_samples": 2, "batch_size": 2, "timestep_respacing": 3, "sag_scale": 0.5, "cfg_scale": 1}
+    run("classifier_sample", *EMOJI, **flags, out_dir=tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["network_evaluations_per_sample"] == 9
+    assert [line.partition(":")[0] for line in manifest["guidance"].splitlines()] == [
+        "self-attention guidance", "classifier-free guidance", "classifier guidance"
+    ]  # fmt: skip
