@@ -1,4 +1,4 @@
-"""Self-attention of the UNet, the score it gives each token, and the recorder of that score."""
+"""Self-attention of the UNet, the score it gives each token, the recorder of that score, and the replacer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from guided_diffusion.nn import GroupNorm32, zero_module
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q, k, v, each [N, heads, T, d], to [N, heads, T, d]."""
 
 
 def split_legacy(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +149,27 @@ def record_attention(*blocks: AttentionBlock, split: Split | None = None) -> Ite
         for block in blocks:
             handles.append(block.attention.register_forward_hook(hook_of(block)))
         yield scores
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replace_attention(*blocks: AttentionBlock, fn: Attend) -> Iterator[None]:
+    """Let `fn(q, k, v)` do the attention of `blocks` during the network calls made inside the `with`.
+
+    q, k, v are read in the block's own order of heads. The state dict is not touched; the hooks are removed on leaving,
+    also by an exception.
+    """
+
+    def hook(attention: QKVAttention, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return fn(*attention.split(inputs[0])).transpose(-1, -2).flatten(1, 2).to(output.dtype)
+
+    handles = []
+    try:
+        for block in blocks:
+            handles.append(block.attention.register_forward_hook(hook))
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -33,9 +33,26 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
-def option(default: Any, help: str, path: bool = False) -> Any:
-    """A dataclass field with the help text of its flag; path: a file to read, in a YAML file relative to that file."""
-    return dataclasses.field(default=default, metadata={"help": help, "path": path})
+def option(default: Any, help: str, path: bool | str = False, later: bool = False) -> Any:
+    """A dataclass field with the help text of its flag.
+
+    path: a file to read, in a YAML file relative to that file; a suffix: so are values that end with it. later: newer
+    than results that it does not change at its default (`later_defaults`).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "path": path, "later": later})
+
+
+def is_path(field: dataclasses.Field, value: Any) -> bool:
+    """Whether the value of a setting names a file to read."""
+    path = field.metadata["path"]
+    return bool(value) and (path is True or (bool(path) and str(value).endswith(path)))
+
+
+def later_defaults(*groups: type) -> dict[str, Any]:
+    """The flags that came later: at these values, a result is the same as from before there was the flag."""
+    return {
+        field.name: field.default for group in groups for field in dataclasses.fields(group) if field.metadata["later"]
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +104,9 @@ class ClassifierConfig:
     classifier_use_fp16: bool = option(False, "half precision on a GPU")
     classifier_width: int = option(128, "channels of the first level")
     classifier_depth: int = option(2, "residual blocks per level")
+    classifier_channel_mult: str = option(
+        "", "widths of the levels in units of classifier_width, like 1,2,2; empty: by image_size", later=True
+    )
     classifier_attention_resolutions: str = option("32,16,8", "sides of the feature maps that get attention")
     classifier_use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
     classifier_resblock_updown: bool = option(True, "residual blocks resample, not plain convolutions")
@@ -100,16 +120,26 @@ class GuidanceConfig:
     guide_scale: float = option(1.0, "1 + s: the strength as the authors' code counts it; 1 = off")
     sag_scale: float | None = option(None, "s: the strength as the paper counts it, instead of guide_scale; 0 = off")
     sag_block: str = option("", "block whose attention makes the mask, like output_blocks.8.1 (the paper's Out.8)")
+    sag_mask: str = option(
+        "self-attention",
+        "what is blurred: self-attention, or for comparison global, high-frequency, random, square, or a FILE.npz with "
+        "an array `maps` [M, h, w] for samples 0 … M − 1, round and round: float32 (the highest) or bool (as it is)",
+        path=".npz",
+        later=True,
+    )
+    sag_mask_share: float = option(
+        0.4, "share of the image that the masks high-frequency, random, square and float32 maps cover", later=True
+    )
     sel_attn_block: str = option("output", "the authors' way to name the block: input, middle or output")
     sel_attn_depth: int = option(8, "and its number, where sag_block is not given")
     sag_threshold: float = option(1.0, "ψ: blurred is what gets more attention than ψ times the mean")
     blur_sigma: float = option(3.0, "σ of the Gaussian blur in pixels; 0 = none, inf = the mean pixel")
     blur_kernel: int | None = option(None, "odd width of the blur's window in pixels; default ⌈3σ⌉ to each side")
     guide_start: int = option(
-        250, "guide while t < this, t in respaced steps (the authors' flag): the last so many steps; 0 = never"
+        250, "guide, in all ways but a classifier's, at the last so many of the respaced steps only; 0 = never"
     )
-    guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, as lo,hi; 1 is noise, 0 the image")
-    guide_every: int = option(1, "compute the guidance every so many guided steps, and use it again between")
+    guide_interval: str = option("0,1", "and while lo ≤ t/T < hi, as lo,hi; 1 is noise, 0 the image")
+    guide_every: int = option(1, "compute each of these guidances every so many guided steps only, and use it again")
     fidelity: str = option("corrected", "corrected: as the paper; reference: as the authors' code computes")
 
     def __post_init__(self):
@@ -138,6 +168,28 @@ class GuidanceConfig:
             if self.sel_attn_block == "middle"
             else (f"{self.sel_attn_block}_blocks.{self.sel_attn_depth}.1")
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherGuidanceConfig:
+    """other guidances: each adds scale · Δ to ε, alone or with self-attention guidance; 0 = off"""
+
+    cfg_scale: float = option(
+        0.0,
+        "classifier-free guidance, Δ = ε(x, c) − ε(x, ∅): the paper's s_c (guidance_scale of other tools is 1 + s_c); "
+        "needs classes and null_label; self-attention guidance then degrades ε(x, ∅) (the paper's Eq. 25)",
+        later=True,
+    )
+    pag_scale: float = option(0.0, "perturbed-attention guidance: identity attention in pag_blocks", later=True)
+    pag_blocks: str = option("middle_block.1", "attention blocks, like middle_block.1,output_blocks.2.1", later=True)
+    seg_scale: float = option(0.0, "smoothed energy guidance: blurred queries in seg_blocks", later=True)
+    seg_blocks: str = option("middle_block.1", "attention blocks, as pag_blocks", later=True)
+    seg_sigma: float = option(math.inf, "σ of the queries' blur in tokens; inf = the mean query", later=True)
+
+    def __post_init__(self):
+        for name in ("cfg_scale", "pag_scale", "seg_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: wanted a finite number, got {getattr(self, name)}")
 
 
 def parse_value(text: Any, kind: Any, key: str) -> Any:
@@ -279,10 +331,10 @@ def _warn(given: set[str], configs: list[Any]) -> None:
 
 def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Any]:
     """The values of a configuration file with its relative paths taken from the file's folder."""
-    paths = {name for name, (field, _) in _fields(groups).items() if field.metadata["path"]}
+    fields = _fields(groups)
     return {
         key: bf.join(os.path.abspath(folder) if "://" not in folder else folder, value)
-        if key in paths and value and "://" not in str(value)
+        if key in fields and is_path(fields[key][0], value) and "://" not in str(value)
         else value
         for key, value in values.items()
     }

@@ -2,16 +2,18 @@
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from guided_diffusion.process import ForwardProcess
 
-Condition = Mapping[str, Tensor]
-"""What the network is conditioned on, by argument name (`y`, `low_res`), rows first; empty: nothing."""
+Condition = Mapping[str, Any]
+"""What the network is conditioned on, by argument name: tensors, rows first (`y`, `low_res`); values that are not
+tensors, or have another number of rows, are shared by all rows; empty: nothing."""
 
 
 class ModelMeanType(enum.Enum):
@@ -77,8 +79,30 @@ class Prediction:
         mean = None if self.network_mean is None else self.process.q_posterior_mean(raw_x0, self.x_t, self.t)
         return replace(self, eps=eps, raw_x0=raw_x0, network_mean=mean)
 
+    def rows(self, part: slice, condition: Condition) -> "Prediction":
+        """The same belief for some of the rows, which have this condition."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut = {name: value[part] for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, **cut, condition=condition)
+
 
 Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]
+
+
+def stacked(first: Any, second: Any, rows: int) -> Any:
+    """Two conditions as one of 2·rows rows: tensors of `rows` rows are joined, also inside of dicts and lists.
+
+    Anything else is shared by all rows and taken from `first`. A ValueError if the two have different keys.
+    """
+    if isinstance(first, Tensor):
+        return torch.cat([first, second]) if first.ndim and len(first) == rows else first
+    if isinstance(first, Mapping):
+        if first.keys() != second.keys():
+            raise ValueError(f"null condition: wanted the keys {sorted(first)}, got {sorted(second)}")
+        return {name: stacked(value, second[name], rows) for name, value in first.items()}
+    if isinstance(first, (list, tuple)):
+        return type(first)(stacked(one, other, rows) for one, other in zip(first, second, strict=True))
+    return first
 
 
 class NetworkDenoiser:

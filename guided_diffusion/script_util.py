@@ -4,20 +4,37 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from guided_diffusion.attention import find_block
+import numpy as np
+import torch
+
+from guided_diffusion.attention import AttentionBlock, find_block
 from guided_diffusion.config import (
     NUM_CLASSES,
     ClassifierConfig,
     DiffusionConfig,
     GuidanceConfig,
     NetworkConfig,
+    OtherGuidanceConfig,
     merge,
     parse_value,
 )
 from guided_diffusion.denoiser import ModelMeanType, ModelVarType
+from guided_diffusion.files import read_arrays
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.guidance.base import Guidance, Interval
+from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
+from guided_diffusion.guidance.masked_blur import MaskedBlur, MaskGuidance
+from guided_diffusion.guidance.masks import (
+    CentredSquare,
+    GivenMaps,
+    HighFrequency,
+    Masking,
+    RandomCells,
+    everywhere,
+)
+from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 from guided_diffusion.guidance.self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
+from guided_diffusion.guidance.smoothed_energy import SmoothedEnergyGuidance
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from guided_diffusion.training.losses import LossType
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -67,13 +84,13 @@ def _numbers(key: str, text: str, kind: type) -> list[Any]:
     return [parse_value(part, kind, key) for part in text.split(",")]
 
 
-def _levels(image_size: int, channel_mult: str) -> list[float]:
+def _levels(image_size: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
     if not channel_mult and image_size not in CHANNEL_MULTS:
         known = ", ".join(map(str, CHANNEL_MULTS))
-        raise ValueError(f"channel_mult: none is known for image_size {image_size} (only for {known}); give it")
-    levels = _numbers("channel_mult", channel_mult or CHANNEL_MULTS[image_size], float)
+        raise ValueError(f"{key}: none is known for image_size {image_size} (only for {known}); give it")
+    levels = _numbers(key, channel_mult or CHANNEL_MULTS[image_size], float)
     if image_size % 2 ** (len(levels) - 1):
-        raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as channel_mult asks")
+        raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as {key} asks")
     return levels
 
 
@@ -179,7 +196,7 @@ def build_classifier(image_size: int, config: ClassifierConfig, num_classes: int
         out_channels=num_classes,
         num_res_blocks=config.classifier_depth,
         attention_resolutions=_downsampling(image_size, config.classifier_attention_resolutions),
-        channel_mult=_levels(image_size, ""),
+        channel_mult=_levels(image_size, config.classifier_channel_mult, "classifier_channel_mult"),
         num_head_channels=64,
         use_scale_shift_norm=config.classifier_use_scale_shift_norm,
         resblock_updown=config.classifier_resblock_updown,
@@ -208,22 +225,95 @@ def sr_create_model_and_diffusion(
     return SuperResModel(**_network_arguments(network, diffusion.learn_sigma)), build_diffusion(diffusion)
 
 
-def build_guidance(network: UNetModel, config: GuidanceConfig) -> SelfAttentionGuidance:
-    """Self-attention guidance of a configuration for a network."""
+def _given_maps(path: str, share: float) -> GivenMaps:
+    """The masks of an npz: `maps` [M, h, w], bool or float32."""
+    try:
+        with open(path, "rb") as file:
+            try:
+                arrays = read_arrays(file, {"maps": (np.dtype(np.float32), (None, None, None))})
+            except ValueError as error:
+                if "got bool" not in str(error):
+                    raise
+                arrays = read_arrays(file, {"maps": (np.dtype(bool), (None, None, None))})
+        return GivenMaps(maps=torch.from_numpy(arrays["maps"].copy()), share=share)
+    except FileNotFoundError:
+        raise ValueError(f"sag_mask: no such file {path!r}") from None
+    except ValueError as error:
+        raise ValueError(f"sag_mask: {path}: {error}") from None
+
+
+def _masking(config: GuidanceConfig) -> Masking:
+    if config.sag_mask == "global":
+        return everywhere
+    if config.sag_mask.endswith(".npz"):
+        return _given_maps(config.sag_mask, config.sag_mask_share)
+    kinds = {"high-frequency": HighFrequency, "random": RandomCells, "square": CentredSquare}
+    if config.sag_mask not in kinds:
+        known = ", ".join(["self-attention", "global", *kinds])
+        raise ValueError(f"sag_mask: wanted {known} or a FILE.npz, got {config.sag_mask!r}")
+    return kinds[config.sag_mask](config.sag_mask_share)
+
+
+def _when(config: GuidanceConfig) -> dict[str, Any]:
+    """The steps at which all guidances of a configuration act."""
     low_high = _numbers("guide_interval", config.guide_interval, float)
     if len(low_high) != 2:
         raise ValueError(f"guide_interval: wanted lo,hi, got {config.guide_interval!r}")
+    return {"interval": Interval(*low_high, start=config.guide_start), "every": config.guide_every}
+
+
+def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
+    """Self-attention guidance of a configuration for a network, or the same with another mask."""
     reference = config.fidelity == "reference"
+    common = {
+        "scale": config.scale,
+        "blur_sigma": config.blur_sigma,
+        "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
+        **_when(config),
+    }
+    if config.sag_mask_share != GuidanceConfig.sag_mask_share and config.sag_mask in ("self-attention", "global"):
+        raise ValueError(f"sag_mask_share: the mask {config.sag_mask} has no share that could be chosen")
+    if config.sag_mask != "self-attention":
+        if reference:
+            raise ValueError(f"fidelity: reference has the self-attention mask only, got sag_mask {config.sag_mask}")
+        return MaskGuidance(masking=_masking(config), **common)
     return SelfAttentionGuidance(
-        scale=config.scale,
-        interval=Interval(*low_high, start=config.guide_start),
-        every=config.guide_every,
         block=find_block(network, config.block_name),
         threshold=config.sag_threshold,
-        blur_sigma=config.blur_sigma,
-        blur_kernel=REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
         reference_heads=network.num_heads if reference else None,
+        **common,
     )
+
+
+def build_other_guidances(
+    network: UNetModel, config: OtherGuidanceConfig, when: GuidanceConfig, null_label: int | None
+) -> list[Guidance]:
+    """The guidances of a configuration beside self-attention guidance, but those with scale 0.
+
+    when: says at which steps they act. null_label: the network's label for no class, None where it has none.
+    """
+    common = _when(when)
+    guidances: list[Guidance] = []
+    if config.cfg_scale:
+        if null_label is None:
+            raise ValueError("cfg_scale: needs a network with classes and a null label (class_cond, null_label)")
+        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null_class(null_label), **common))
+    if config.pag_scale:
+        blocks = _blocks(network, "pag_blocks", config.pag_blocks)
+        guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, **common))
+    if config.seg_scale:
+        blocks = _blocks(network, "seg_blocks", config.seg_blocks)
+        guidances.append(
+            SmoothedEnergyGuidance(scale=config.seg_scale, blocks=blocks, sigma=config.seg_sigma, **common)
+        )
+    return guidances
+
+
+def _blocks(network: UNetModel, key: str, names: str) -> tuple[AttentionBlock, ...]:
+    try:
+        return tuple(find_block(network, name.strip()) for name in names.split(","))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def create_guidance(model: UNetModel, **settings: Any) -> Guidance:
