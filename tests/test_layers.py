@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "process": set(),
     "noise": set(),
     "files": set(),
+    "plans": set(),
     "fetch": {"files"},
     "checkpoints": {"files", "fetch"},
     "sample_store": {"files"},
