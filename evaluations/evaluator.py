@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
         help="weights of Inception (default: the well-known file, fetched on first use, 96 MB)",
     )  # fmt: skip
     parser.add_argument("--weights", metavar="PATH", type=Path, help="weights of dinov2 (a folder) or emoji (a file)")
+    parser.add_argument("--num_samples", metavar="N", type=int, help="judge the first so many samples only")
     parser.add_argument("--metrics", metavar="NAMES", help="only these, comma-separated, like fid,precision")
     parser.add_argument(
         "--extended", action="store_true",

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def cache_folder() -> Path:
 class Settings:
     """What to compare and how; the evaluator's flags, by the same names.
 
-    metrics: names, None for all that the sources allow. inception: its weights, None for the well-known file. weights:
+    num_samples: judge the first so many samples only. metrics: names, None for all that the sources allow. inception: its weights, None for the well-known file. weights:
     those of dinov2 (a folder) or emoji (a file, None for the embedded one).
     """
 
@@ -36,6 +36,7 @@ class Settings:
     inception: Path | None = None
     weights: Path | None = None
     metrics: tuple[str, ...] | None = None
+    num_samples: int | None = None
     extended: bool = False
     pr_dtype: str = "fp32"
     batch_size: int = 64
@@ -87,6 +88,19 @@ def check(settings: Settings, reference: Source, samples: Source) -> None:
                 raise ValueError(f"{source.path}: {name}: wanted {size} dimensions, got {len(gaussian.mean)}")
 
 
+def open_samples(settings: Settings) -> Source:
+    """The samples, or as many of them as are asked for."""
+    source = open_source(settings.samples)
+    if settings.num_samples is None:
+        return source
+    if source.images is None:
+        raise ValueError(f"--num_samples: {source.path} holds statistics, but no images")
+    try:
+        return replace(source, images=source.images.first(settings.num_samples))
+    except ValueError as error:
+        raise ValueError(f"--num_samples: {source.path}: {error}") from None
+
+
 def described(side: Side) -> dict[str, Any]:
     """Where one side came from: path, number of images, digest, and what its run said of itself."""
     images, about = side.source.images, side.source.about
@@ -107,7 +121,7 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
     """
     ranks = ranks or Ranks()
     use_whole_floats()
-    reference, samples = ranks.first(lambda: (open_source(settings.reference), open_source(settings.samples)))
+    reference, samples = ranks.first(lambda: (open_source(settings.reference), open_samples(settings)))
 
     def choose() -> list[str]:
         check(settings, reference, samples)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import blobfile as bf
@@ -43,6 +43,13 @@ class Images:
 
     def __len__(self) -> int:
         return self.parts[-1].start + self.parts[-1].count
+
+    def first(self, count: int) -> "Images":
+        """The first `count` images; a ValueError if there are fewer."""
+        if not 0 < count <= len(self):
+            raise ValueError(f"wanted 1 to {len(self)} images, got {count}")
+        parts = [replace(part, count=min(part.count, count - part.start)) for part in self.parts if part.start < count]
+        return replace(self, parts=parts)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Images start to stop, [N, H, W, 3]; a ValueError if they are not what was announced."""

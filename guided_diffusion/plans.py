@@ -21,7 +21,8 @@ class Row:
 
     config: names of files in configs/ or paths, the later one winning. settings: flags over them. published: metrics by
     name; None where the paper has the row but the number is not known. group: rows of one group stand together, and
-    where they have an `x` (the parameter that varies) they make a curve. missing: why the row cannot be run here.
+    where they have an `x` (the parameter that varies) they make a curve. same_as: the row whose run this one is, too.
+    missing: why the row cannot be run here.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     x: float | None = None
     note: str = ""
     missing: str = ""
+    same_as: str = ""
 
     @property
     def script(self) -> str:
@@ -49,7 +51,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A file of rows. features, pr_dtype: the evaluator's. paper: what the published numbers are from."""
+    """A file of rows. features, pr_dtype: the evaluator's. paper: what the published numbers are from.
+
+    common_n: rows of more samples are judged by their first so many as well, so that all compare; 0: no such number.
+    groups: titles of the rows' groups.
+    """
 
     name: str
     title: str
@@ -58,6 +64,7 @@ class Plan:
     note: str = ""
     features: str = "inception"
     pr_dtype: str = "fp16"
+    common_n: int = 0
     groups: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -92,9 +99,9 @@ def _reference(name: str) -> str:
     return name if not name or "://" in name or Path(name).is_absolute() else str(CONFIGS / name)
 
 
-ROW_KEYS = {"name", "label", "group", "config", "set", "published", "reference", "x", "note", "missing"}
+ROW_KEYS = {"name", "label", "group", "config", "set", "published", "reference", "x", "note", "missing", "same_as"}
 PLAN_KEYS = {
-    "title", "paper", "note", "features", "pr_dtype", "groups", "config", "set", "reference", "rows",
+    "title", "paper", "note", "features", "pr_dtype", "common_n", "groups", "config", "set", "reference", "rows",
 }  # fmt: skip
 
 
@@ -113,7 +120,7 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
             raise ValueError(f"{where}: published: wanted some of {', '.join(METRICS + COSTS)}, got {key!r}")
         if value is not None:
             _of_type(f"{where}: published: {key}", value, (int, float), "a number, or null for unknown")
-    if not config and not missing:
+    if not config and not missing and not values.get("same_as"):
         raise ValueError(f"{where}: wanted a config, or missing: why there is none; got neither")
     return Row(
         name=name,
@@ -126,6 +133,7 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
         x=None if values.get("x") is None else float(_of_type(f"{where}: x", values["x"], (int, float), "a number")),
         note=str(values.get("note", "")),
         missing=str(missing),
+        same_as=str(values.get("same_as", "")),
     )
 
 
@@ -149,6 +157,11 @@ def read_plan(path: str | Path) -> Plan:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{where}: two rows are called {name!r}")
+    for row in rows:
+        if row.same_as and row.same_as not in {other.name for other in rows if not other.same_as}:
+            raise ValueError(f"{where}: row {row.name}: same_as: wanted another row's name, got {row.same_as!r}")
+    common_n = _of_type(f"{where}: common_n", values.get("common_n", 0), int, "a number of samples")
     texts = {key: str(values[key]) for key in ("title", "paper", "note", "features", "pr_dtype") if key in values}
     groups = _of_type(f"{where}: groups", values.get("groups", {}), dict, "titles by group")
-    return Plan(name=path.stem, rows=rows, groups={str(key): str(value) for key, value in groups.items()}, **texts)
+    groups = {str(key): str(value) for key, value in groups.items()}
+    return Plan(name=path.stem, rows=rows, groups=groups, common_n=common_n, **texts)

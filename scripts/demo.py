@@ -16,48 +16,20 @@ import numpy as np
 
 from evaluations.judge import Settings, judge
 from guided_diffusion import pictures
-from guided_diffusion.config import (
-    DiffusionConfig,
-    GuidanceConfig,
-    NetworkConfig,
-    OtherGuidanceConfig,
-    exit_on_bad_input,
-    parse_args,
-)
+from guided_diffusion.comparison import MaskCounter, comparison
+from guided_diffusion.config import OtherGuidanceConfig, exit_on_bad_input, parse_args
 from guided_diffusion.files import write_atomically
 from guided_diffusion.parallel import Job, launch
+from guided_diffusion.prepare import IMAGE_GROUPS, image_run
 from guided_diffusion.run import run
-from guided_diffusion.sampling import (
-    Sampler,
-    SamplingConfig,
-    class_condition,
-    describe_guidance,
-    guidances_of,
-    ready,
-    resolved,
-    unconditional,
-    unfilled,
-)
-from guided_diffusion.script_util import build_diffusion, build_network
 
 CONFIG = Path(__file__).parent.parent / "configs" / "emoji.yaml"
 MODELS = CONFIG.parent / "models"
 REFERENCES = {"train": "training pictures", "held_out": "held-out pictures"}
+MODELS = CONFIG.parent / "models"
+REFERENCES = {"train": "training pictures", "held_out": "held-out pictures"}
 SHOWN = 16
 PANEL_WIDTH = 550
-
-
-def comparison(unguided: np.ndarray, blurred_share: np.ndarray, guided: np.ndarray, mask: str) -> np.ndarray:
-    """The first samples as three panels; [N, H, W, 3] uint8, [N, H, W] in [0, 1], [N, H, W, 3] uint8."""
-    columns = max(1, round(min(len(unguided), SHOWN) ** 0.5))
-    panels = [
-        ("unguided", unguided),
-        (f"{mask} mask (brighter: more steps)", pictures.heat(blurred_share)),
-        ("guided" if mask != "attention" else "self-attention guidance", guided),
-    ]
-    return pictures.titled_panels(
-        [(title, pictures.enlarge(pictures.grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels]
-    )
 
 
 def distances(unguided: str, guided: str, cache: Path) -> list[str]:
@@ -88,62 +60,31 @@ def described(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    groups = (SamplingConfig, GuidanceConfig, OtherGuidanceConfig, NetworkConfig, DiffusionConfig)
-    configs = parse_args(__doc__, groups, default_config=str(CONFIG))
-    sampling, guidance_config, others, network_config, diffusion_config = configs
+    configs = parse_args(__doc__, IMAGE_GROUPS, default_config=str(CONFIG))
+    sampling, guidance_config, others, *about_model = configs
     job = Job()
     out_dir = Path(sampling.out_dir or "runs/demo")
+    # The masks are seen while samples are made, so none are taken over from an earlier run.
+    guided_config = replace(sampling, out_dir=str(out_dir / "guided"), overwrite=True)
+    unguided_config = replace(guided_config, out_dir=str(out_dir / "unguided"))
+    no_guidance = replace(guidance_config, guide_scale=1.0, sag_scale=None)
     with exit_on_bad_input():
         if guidance_config.scale == 0:
             raise ValueError("sag_scale: the demo compares with guidance, give a strength other than 0")
-        device = job.device
-        diffusion = build_diffusion(diffusion_config)
-        with unfilled():
-            network = build_network(network_config, diffusion_config.learn_sigma)
-        guidances = guidances_of(guidance_config, others, network, network_config, sampling.labels)
-        guidance = guidances[0]
-        condition_of = unconditional
-        if network_config.class_cond:
-            condition_of = class_condition(sampling, network_config, network_config.null_label)
-        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
-    # The masks are seen while samples are made, so none are taken over from an earlier run.
-    guided_config = replace(sampling, out_dir=str(out_dir / "guided"), overwrite=True)
-    sampler = Sampler(guided_config, network_config.image_size, network, diffusion, device, condition_of)
-
-    side, steps = network_config.image_size, diffusion.num_timesteps
-    selected = np.zeros((sampling.num_samples, side, side))
-    guided_steps = 0
-
-    def count_masks(indices, _state, guided):
-        nonlocal guided_steps
-        if guidance in guided.last_step.recorded:
-            selected[list(indices)] += guidance.mask(guided.last_step)[:, 0].cpu().numpy()
-            guided_steps += len(indices)
-
-    unguided_config = replace(guided_config, out_dir=str(out_dir / "unguided"))
-    unguided_guidance, no_others = replace(guidance_config, guide_scale=1.0, sag_scale=None), OtherGuidanceConfig()
-    store, unguided_run = run(
-        replace(sampler, config=unguided_config),
-        resolved(unguided_config, unguided_guidance, no_others, network_config, diffusion_config),
-        describe_guidance(unguided_guidance, no_others, [], steps),
-        job,
-    )
+        with_guidance = image_run([guided_config, guidance_config, others, *about_model], job.device)
+        without = image_run([unguided_config, no_guidance, OtherGuidanceConfig(), *about_model], job.device)
+    side = with_guidance.sampler.side
+    masks = MaskCounter(with_guidance.sampler.guidances[0], sampling.num_samples, side)
+    store, unguided_run = run(without.sampler, without.settings, without.guidance_line, job)
     unguided = store.first(sampling.num_samples)
-    store, guided_run = run(
-        replace(sampler, guidances=guidances),
-        resolved(guided_config, guidance_config, others, network_config, diffusion_config),
-        describe_guidance(guidance_config, others, guidances, steps),
-        job,
-        count_masks,
-    )
+    store, guided_run = run(with_guidance.sampler, with_guidance.settings, with_guidance.guidance_line, job, masks)
     guided = store.first(sampling.num_samples)
 
-    steps_per_sample = max(1.0, guided_steps / sampling.num_samples)
     by_attention = guidance_config.sag_mask == "self-attention"
     mask = "attention" if by_attention else Path(guidance_config.sag_mask).stem
     chooser = guidance_config.block_name if by_attention else f"the {mask} mask"
-    panels = comparison(unguided, selected / steps_per_sample, guided, mask)
-    pictures.save_png(panels, out_dir / "comparison.png")
+    steps = with_guidance.sampler.diffusion.num_timesteps
+    pictures.save_png(comparison(unguided, masks.share, guided, mask), out_dir / "comparison.png")
     change = np.abs(unguided.astype(float) - guided).mean()
     lines = [
         f"{sampling.num_samples} samples of {Path(sampling.model_path).name}, {steps} steps, seed {sampling.seed}",
@@ -151,7 +92,7 @@ def main() -> None:
         f"{unguided_run['seconds']:.1f} s",
         f"  guided:   {guided_run['network_evaluations_per_sample']:g} network evaluations each, "
         f"{guided_run['seconds']:.1f} s",
-        f"  {chooser} selects {selected.mean() / steps_per_sample:.0%} of the pixels; guidance "
+        f"  {chooser} selects {masks.share.mean():.0%} of the pixels; guidance "
         f"changes a pixel by {change:.1f} of 255 on average",
         f"  look at {out_dir / 'comparison.png'}",
         *(distances(str(out_dir / "unguided"), str(out_dir / "guided"), out_dir / "features") if side == 32 else []),

@@ -40,6 +40,8 @@ MAY_IMPORT = {
         "config", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "respace",
         "script_util", "unet", "inspection",
     },
+    "comparison": {"pictures", "guidance", "samplers"},
+    "prepare": {"config", "checkpoints", "guidance", "inspection", "sampling", "script_util"},
     "run": {
         "config", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers", "sampling",
         "__init__",

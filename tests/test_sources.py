@@ -39,6 +39,19 @@ def test_one_npz(tmp_path):
             assert (source.images.read(start, stop) == images[start:stop]).all()
 
 
+def test_the_first_images(tmp_path):
+    images = pictures(11)
+    for first, stop in ((0, 4), (4, 8), (8, 11)):
+        shard(tmp_path / "shards", first, images[first:stop])
+    source = open_source(str(tmp_path)).images
+    for count in (1, 4, 7, 11):
+        assert len(source.first(count)) == count
+        assert (source.first(count).read(0, count) == images[:count]).all()
+    for count in (0, 12):
+        with pytest.raises(ValueError, match=f"wanted 1 to 11 images, got {count}"):
+            source.first(count)
+
+
 def test_shards_in_order_without_regard_to_their_files(tmp_path):
     images = pictures(11)
     for first, stop in ((4, 8), (0, 4), (8, 11)):

@@ -50,6 +50,9 @@ class Guidance(ABC):
     uses_base: ClassVar[bool] = True
     """Whether `difference` looks at `step.base` or at what was recorded, and not at `step.conditional` alone."""
 
+    passes: ClassVar[int] = 1
+    """Network passes that one difference takes beside the shared ones."""
+
     scale: float
     interval: Interval = field(default_factory=Interval)
     every: int = 1
@@ -131,6 +134,20 @@ class Step:
         rows = len(x_t)
         both = self._denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked(condition, unconditional, rows))
         return both.rows(slice(rows), condition), both.rows(slice(rows, None), unconditional)
+
+
+def evaluations(guidances: Sequence[Guidance], num_timesteps: int) -> int:
+    """The network evaluations that a trajectory of so many steps takes, counted without making any."""
+    guidances = [guidance for guidance in guidances if guidance.scale != 0]
+    guided, total = dict.fromkeys(guidances, 0), 0
+    for t in reversed(range(num_timesteps)):
+        active = [g for g in guidances if bool(g.interval.contains(torch.tensor([t]), num_timesteps))]
+        due = [g for g in active if guided[g] % g.every == 0]
+        unconditional = any(g.unconditional_by() for g in active) and any(g.uses_base for g in due)
+        total += 1 + unconditional + sum(g.passes for g in due)
+        for guidance in active:
+            guided[guidance] += 1
+    return total
 
 
 class GuidedDenoiser:

@@ -1,6 +1,7 @@
 """Classifier-free guidance (Ho & Salimans 2022): away from what the network predicts without a condition."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ class ClassifierFreeGuidance(Guidance):
     null: makes c into ∅. Conditional and unconditional pass are one batch of twice the rows, and count two network
     evaluations. All guidances of a step share the pass.
     """
+
+    passes: ClassVar[int] = 0
 
     null: NullCondition
 

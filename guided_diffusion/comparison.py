@@ -1,0 +1,46 @@
+"""Pictures that compare samples from the same noise without and with guidance, and where the guidance looked."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guided_diffusion import pictures
+from guided_diffusion.guidance.base import GuidedDenoiser
+from guided_diffusion.guidance.masked_blur import MaskedBlur
+from guided_diffusion.samplers import State
+
+SHOWN = 16
+PANEL_WIDTH = 550
+
+
+class MaskCounter:
+    """Watches a run (an observer of `run`) and counts how often each pixel of a sample was in a guidance's mask."""
+
+    def __init__(self, guidance: MaskedBlur, num_samples: int, side: int):
+        self._guidance = guidance
+        self._selected = np.zeros((num_samples, side, side))
+        self._steps = np.zeros(num_samples)
+
+    def __call__(self, indices: Sequence[int], _state: State, guided: GuidedDenoiser) -> None:
+        if self._guidance in guided.last_step.recorded:
+            self._selected[list(indices)] += self._guidance.mask(guided.last_step)[:, 0].cpu().numpy()
+            self._steps[list(indices)] += 1
+
+    @property
+    def share(self) -> NDArray[np.float64]:
+        """The share of guided steps at which each pixel was in the mask, [N, H, W] in [0, 1]."""
+        return self._selected / np.maximum(self._steps, 1)[:, None, None]
+
+
+def comparison(unguided: NDArray, blurred_share: NDArray, guided: NDArray, mask: str) -> NDArray[np.uint8]:
+    """The first samples as three panels: [N, H, W, 3] uint8, [N, H, W] in [0, 1], [N, H, W, 3] uint8; mask: its name."""
+    columns = max(1, round(min(len(unguided), SHOWN) ** 0.5))
+    panels = [
+        ("unguided", unguided),
+        (f"{mask} mask (brighter: more steps)", pictures.heat(blurred_share)),
+        ("self-attention guidance", guided),
+    ]
+    return pictures.titled_panels(
+        [(title, pictures.enlarge(pictures.grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels]
+    )

@@ -1,0 +1,124 @@
+"""From settings to what makes samples: the networks, guidances and conditions of the two sampling scripts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guided_diffusion.checkpoints import load_into
+from guided_diffusion.config import (
+    ClassifierConfig,
+    DiffusionConfig,
+    GuidanceConfig,
+    NetworkConfig,
+    OtherGuidanceConfig,
+    option,
+)
+from guided_diffusion.guidance.classifier import classifier_gradient
+from guided_diffusion.inspection import wrong_flags
+from guided_diffusion.sampling import (
+    Sampler,
+    SamplingConfig,
+    class_condition,
+    describe_guidance,
+    guidances_of,
+    ready,
+    resolved,
+    unconditional,
+    unfilled,
+)
+from guided_diffusion.script_util import build_classifier, build_diffusion, build_network
+
+
+@dataclass(frozen=True)
+class ClassifierGuidanceConfig:
+    """classifier guidance: scale · ∇ log p(y | x_t) moves every step"""
+
+    classifier_path: str = option("", "weights of the classifier: .pt or .safetensors", path=True)
+    classifier_scale: float = option(1.0, "strength of the classifier's gradient")
+    classifier_guidance: bool | None = option(None, "on or off; default: on with a classifier_path and a scale not 0")
+
+    @property
+    def on(self) -> bool:
+        if self.classifier_guidance is None:
+            return bool(self.classifier_path) and self.classifier_scale != 0
+        if self.classifier_guidance and not self.classifier_path:
+            raise ValueError("classifier_path: classifier_guidance needs the weights of a classifier")
+        return self.classifier_guidance
+
+
+IMAGE_GROUPS = (SamplingConfig, GuidanceConfig, OtherGuidanceConfig, NetworkConfig, DiffusionConfig)
+CLASSIFIER_GROUPS = (
+    SamplingConfig,
+    GuidanceConfig,
+    OtherGuidanceConfig,
+    ClassifierGuidanceConfig,
+    NetworkConfig,
+    DiffusionConfig,
+    ClassifierConfig,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What `run` takes: the sampler, every setting, and for people how it is guided."""
+
+    sampler: Sampler
+    settings: dict[str, Any]
+    guidance_line: str
+
+
+def image_run(configs: Sequence[Any], device: torch.device) -> Prepared:
+    """From configurations of IMAGE_GROUPS; a ValueError says which of them is wrong."""
+    sampling, guidance, others, network_config, diffusion_config = configs
+    diffusion = build_diffusion(diffusion_config)
+    with unfilled():
+        network = build_network(network_config, diffusion_config.learn_sigma)
+    guidances = guidances_of(guidance, others, network, network_config, sampling.labels)
+    condition_of = unconditional
+    if network_config.class_cond:
+        condition_of = class_condition(sampling, network_config, network_config.null_label)
+    ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    sampler = Sampler(sampling, network_config.image_size, network, diffusion, device, condition_of, guidances)
+    line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
+    return Prepared(sampler, resolved(*configs), line)
+
+
+def _classifier_gradient(
+    config: ClassifierConfig, path: str, scale: float, network: NetworkConfig, device: torch.device
+) -> Callable[..., Tensor]:
+    with unfilled():
+        classifier = build_classifier(network.image_size, config, network.num_classes)
+    load_into(classifier, path, device, partial(wrong_flags, network=config, image_size=network.image_size))
+    classifier.eval().requires_grad_(False)
+    if config.classifier_use_fp16:
+        classifier.convert_to_fp16()
+    return classifier_gradient(classifier, scale)
+
+
+def classifier_run(configs: Sequence[Any], device: torch.device) -> Prepared:
+    """From configurations of CLASSIFIER_GROUPS; a ValueError says which of them is wrong."""
+    sampling, guidance, others, by_classifier, network_config, diffusion_config, classifier_config = configs
+    diffusion = build_diffusion(diffusion_config)
+    with unfilled():
+        network = build_network(network_config, diffusion_config.learn_sigma)
+    guidances = guidances_of(guidance, others, network, network_config, sampling.labels)
+    condition_of, cond_fn = unconditional, None
+    if by_classifier.on:
+        path, scale = by_classifier.classifier_path, by_classifier.classifier_scale
+        cond_fn = _classifier_gradient(classifier_config, path, scale, network_config, device)
+    if network_config.class_cond or cond_fn:
+        has_null = network_config.class_cond and network_config.null_label and not cond_fn
+        condition_of = class_condition(sampling, network_config, has_null)
+    ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    # The classifier needs labels also where the network takes none.
+    network_fn = network if network_config.class_cond else lambda x, t, y=None: network(x, t)
+    sampler = Sampler(
+        sampling, network_config.image_size, network_fn, diffusion, device, condition_of, guidances, cond_fn
+    )
+    line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
+    line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if cond_fn else 'off'}"
+    return Prepared(sampler, resolved(*configs), line)
