@@ -26,8 +26,9 @@ def cache_folder() -> Path:
 class Settings:
     """What to compare and how; the evaluator's flags, by the same names.
 
-    num_samples: judge the first so many samples only. metrics: names, None for all that the sources allow. inception: its weights, None for the well-known file. weights:
-    those of dinov2 (a folder) or emoji (a file, None for the embedded one).
+    num_samples: judge the first so many samples only. metrics: names, None for all that the sources allow. inception:
+    its weights, None for the well-known file. weights: those of dinov2 (a folder) or emoji (a file, None for the
+    embedded one).
     """
 
     reference: str

@@ -1,6 +1,7 @@
 """Pictures that compare samples from the same noise without and with guidance, and where the guidance looked."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from guided_diffusion import pictures
 from guided_diffusion.guidance.base import GuidedDenoiser
 from guided_diffusion.guidance.masked_blur import MaskedBlur
 from guided_diffusion.samplers import State
+from guided_diffusion.sampling import Sampler
 
 SHOWN = 16
 PANEL_WIDTH = 550
@@ -33,8 +35,34 @@ class MaskCounter:
         return self._selected / np.maximum(self._steps, 1)[:, None, None]
 
 
+@dataclass(frozen=True, eq=False)
+class SameNoise:
+    """Samples without and with guidance, uint8 [N, H, W, 3], and the share of steps in the mask [N, H, W], if any."""
+
+    unguided: NDArray[np.uint8]
+    share: NDArray[np.float64] | None
+    guided: NDArray[np.uint8]
+
+
+def same_noise(sampler: Sampler, count: int) -> SameNoise:
+    """The first samples of a run made twice, without any guidance and with all of it."""
+    indices = range(min(count, sampler.config.num_samples))
+
+    def made(sampler: Sampler, observe: MaskCounter | None = None) -> NDArray[np.uint8]:
+        for state, guided in sampler.trajectory(indices):
+            if observe:
+                observe(indices, state, guided)
+        return pictures.to_uint8(state.x)
+
+    masked = [guidance for guidance in sampler.guidances if isinstance(guidance, MaskedBlur) and guidance.scale]
+    counter = MaskCounter(masked[0], len(indices), sampler.side) if masked else None
+    unguided = made(replace(sampler, guidances=(), cond_fn=None))
+    guided = made(sampler, counter)
+    return SameNoise(unguided, counter.share if counter else None, guided)
+
+
 def comparison(unguided: NDArray, blurred_share: NDArray, guided: NDArray, mask: str) -> NDArray[np.uint8]:
-    """The first samples as three panels: [N, H, W, 3] uint8, [N, H, W] in [0, 1], [N, H, W, 3] uint8; mask: its name."""
+    """The first samples as three panels: uint8 [N, H, W, 3], [N, H, W] in [0, 1], uint8 [N, H, W, 3]; mask: a name."""
     columns = max(1, round(min(len(unguided), SHOWN) ** 0.5))
     panels = [
         ("unguided", unguided),

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guided_diffusion.checkpoints import load_into
 from guided_diffusion.config import (
@@ -71,8 +71,18 @@ class Prepared:
     guidance_line: str
 
 
-def image_run(configs: Sequence[Any], device: torch.device) -> Prepared:
-    """From configurations of IMAGE_GROUPS; a ValueError says which of them is wrong."""
+def fill_at_random(network: nn.Module, device: torch.device) -> None:
+    """Numbers of no meaning for a network built on the meta device: to measure its speed without its weights."""
+    network.to_empty(device=device).eval().requires_grad_(False)
+    for tensor in network.state_dict().values():
+        tensor.normal_(std=0.02)
+
+
+def image_run(configs: Sequence[Any], device: torch.device, weights: bool = True) -> Prepared:
+    """From configurations of IMAGE_GROUPS; a ValueError says which of them is wrong.
+
+    weights: read them; if not, the network is filled at random.
+    """
     sampling, guidance, others, network_config, diffusion_config = configs
     diffusion = build_diffusion(diffusion_config)
     with unfilled():
@@ -81,26 +91,37 @@ def image_run(configs: Sequence[Any], device: torch.device) -> Prepared:
     condition_of = unconditional
     if network_config.class_cond:
         condition_of = class_condition(sampling, network_config, network_config.null_label)
-    ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    if weights:
+        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    else:
+        fill_at_random(network, device)
     sampler = Sampler(sampling, network_config.image_size, network, diffusion, device, condition_of, guidances)
     line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
     return Prepared(sampler, resolved(*configs), line)
 
 
 def _classifier_gradient(
-    config: ClassifierConfig, path: str, scale: float, network: NetworkConfig, device: torch.device
+    config: ClassifierConfig,
+    guidance: ClassifierGuidanceConfig,
+    network: NetworkConfig,
+    device: torch.device,
+    weights: bool,
 ) -> Callable[..., Tensor]:
     with unfilled():
         classifier = build_classifier(network.image_size, config, network.num_classes)
-    load_into(classifier, path, device, partial(wrong_flags, network=config, image_size=network.image_size))
+    if weights:
+        explain = partial(wrong_flags, network=config, image_size=network.image_size)
+        load_into(classifier, guidance.classifier_path, device, explain)
+    else:
+        fill_at_random(classifier, device)
     classifier.eval().requires_grad_(False)
     if config.classifier_use_fp16:
         classifier.convert_to_fp16()
-    return classifier_gradient(classifier, scale)
+    return classifier_gradient(classifier, guidance.classifier_scale)
 
 
-def classifier_run(configs: Sequence[Any], device: torch.device) -> Prepared:
-    """From configurations of CLASSIFIER_GROUPS; a ValueError says which of them is wrong."""
+def classifier_run(configs: Sequence[Any], device: torch.device, weights: bool = True) -> Prepared:
+    """As `image_run`, from configurations of CLASSIFIER_GROUPS."""
     sampling, guidance, others, by_classifier, network_config, diffusion_config, classifier_config = configs
     diffusion = build_diffusion(diffusion_config)
     with unfilled():
@@ -108,12 +129,14 @@ def classifier_run(configs: Sequence[Any], device: torch.device) -> Prepared:
     guidances = guidances_of(guidance, others, network, network_config, sampling.labels)
     condition_of, cond_fn = unconditional, None
     if by_classifier.on:
-        path, scale = by_classifier.classifier_path, by_classifier.classifier_scale
-        cond_fn = _classifier_gradient(classifier_config, path, scale, network_config, device)
+        cond_fn = _classifier_gradient(classifier_config, by_classifier, network_config, device, weights)
     if network_config.class_cond or cond_fn:
         has_null = network_config.class_cond and network_config.null_label and not cond_fn
         condition_of = class_condition(sampling, network_config, has_null)
-    ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    if weights:
+        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+    else:
+        fill_at_random(network, device)
     # The classifier needs labels also where the network takes none.
     network_fn = network if network_config.class_cond else lambda x, t, y=None: network(x, t)
     sampler = Sampler(

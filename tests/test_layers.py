@@ -40,7 +40,9 @@ MAY_IMPORT = {
         "config", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "respace",
         "script_util", "unet", "inspection",
     },
-    "comparison": {"pictures", "guidance", "samplers"},
+    "page": set(),
+    "report": {"page"},
+    "comparison": {"pictures", "guidance", "samplers", "sampling"},
     "prepare": {"config", "checkpoints", "guidance", "inspection", "sampling", "script_util"},
     "run": {
         "config", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers", "sampling",
