@@ -149,7 +149,7 @@ def dry_run(plan: Plan, names: list[str], args: argparse.Namespace, job: Job) ->
         seconds = sampler.config.num_samples * (each * times[key][0] + steps * times[key][1]) / job.size
         total += seconds
         print(f"{row.name}: {row.label}")
-        print(f"  python scripts/{row.script}.py {shlex.join(row.arguments())}")
+        print(f"  python scripts/{row.script}.py {shlex.join(_short(row.arguments()))}")
         print(
             f"  {sampler.config.num_samples} samples, {each} network evaluations each, about {seconds / 3600:.1f} hours"
         )
@@ -271,10 +271,9 @@ def write(out_dir: Path, plan: Plan, rows: list[dict[str, Any]], job: Job) -> No
 
 
 def earlier(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of results.json that an earlier run measured, by name."""
+    """The rows of results.json as an earlier run left them, by name."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return {row["name"]: row for row in rows if row["metrics"]}
+        return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -297,7 +296,14 @@ def main() -> None:
         return
     ranks = start_ranks()
     out_dir = args.out_dir or Path("runs/tables") / plan.name
-    found = earlier(out_dir / "results.json")
+    # What an earlier run found of a row counts as long as the plan asks for the same.
+    found = {
+        row.name: result
+        for row in plan.rows
+        if (result := earlier(out_dir / "results.json").get(row.name))
+        and result["command"] == empty(row, "")["command"]
+        and not row.missing
+    }
     done: dict[str, dict[str, Any]] = {}
 
     def table() -> list[dict[str, Any]]:
