@@ -193,7 +193,7 @@ def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes |
     labels = {row["name"]: row["label"] for row in results["rows"]}
     for name, (unguided, mask, guided) in pictures.items():
         parts.append('<div class="row">')
-        parts.append(page.slider(unguided, guided, f"left: unguided; right: {labels[name]}"))
+        parts.append(page.slider(unguided, guided, f"drag over the picture: left unguided, right {labels[name]}"))
         if mask:
             parts.append(page.picture(mask, "in the mask (brighter: at more steps)"))
         parts.append("</div>")
