@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from guided_diffusion.attention import AttentionBlock, record_attention, split_legacy
+from guided_diffusion.attention import Attends, record_attention, split_legacy
 from guided_diffusion.denoiser import Prediction
 from guided_diffusion.guidance.base import Guidance, Step
 from guided_diffusion.guidance.blur import check_blur, gaussian_blur
@@ -24,27 +24,32 @@ class SelfAttentionGuidance(Guidance):
     block: the attention block whose score A_t selects. threshold: ψ, in units of the mean score. blur_sigma: σ in
     pixels, 0 (identity) to inf (mean pixel). blur_kernel: odd width of the blur's window in pixels, default ⌈3σ⌉ to
     each side. reference_heads: None follows the paper; a number reproduces the authors' code, which reads the
-    attention as that many heads in legacy order, and re-noises the clamped x̂_0 also outside the mask.
+    attention as that many heads in legacy order, and re-noises the clamped x̂_0 also outside the mask. space: `eps`,
+    the paper's rule, or `model`: the difference is taken between the network's outputs, whatever they stand for, as if
+    both had been made at x_t (diffusers' pipeline). For networks that predict ε the two are one.
     """
 
-    block: AttentionBlock
+    block: Attends
     threshold: float = 1.0
     blur_sigma: float = 3.0
     blur_kernel: int | None = None
     reference_heads: int | None = None
+    space: str = "eps"
 
     def __post_init__(self):
         super().__post_init__()
         if not math.isfinite(self.threshold):
             raise ValueError(f"sag_threshold: wanted a finite number, got {self.threshold}")
         check_blur(self.blur_sigma, self.blur_kernel)
+        if self.space not in ("eps", "model"):
+            raise ValueError(f"sag_space: wanted eps or model, got {self.space!r}")
 
     @property
     def fidelity(self) -> str:
         """`corrected` (the paper) or `reference` (the authors' code)."""
         return "corrected" if self.reference_heads is None else "reference"
 
-    def record(self) -> AbstractContextManager[dict[AttentionBlock, Tensor]]:
+    def record(self) -> AbstractContextManager[dict[Attends, Tensor]]:
         if self.reference_heads is None:
             return record_attention(self.block)
         return record_attention(self.block, split=partial(split_legacy, num_heads=self.reference_heads))
@@ -52,7 +57,8 @@ class SelfAttentionGuidance(Guidance):
     def difference(self, step: Step) -> Tensor:
         base = step.base
         degraded = self.degrade(base, self.mask(step))
-        return base.eps - step.denoise(degraded, base.t, base.condition).eps
+        other = step.denoise(degraded, base.t, base.condition)
+        return base.eps - (base.with_output(other.output) if self.space == "model" else other).eps
 
     def mask(self, step: Step) -> Tensor:
         """M_t = 1(A_t > ψ), [N, 1, H, W] bool."""
