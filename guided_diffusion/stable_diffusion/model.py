@@ -1,4 +1,4 @@
-"""A Stable Diffusion model from a local folder of diffusers' format: loading, text to condition, latents to pictures."""
+"""A Stable Diffusion model from a folder of diffusers' format: loading, text to condition, latents to pictures."""
 
 import json
 from collections.abc import Callable, Sequence
