@@ -33,9 +33,26 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
-def option(default: Any, help: str, path: bool = False) -> Any:
-    """A dataclass field with the help text of its flag; path: a file to read, in a YAML file relative to that file."""
-    return dataclasses.field(default=default, metadata={"help": help, "path": path})
+def option(default: Any, help: str, path: bool | str = False, later: bool = False) -> Any:
+    """A dataclass field with the help text of its flag.
+
+    path: a file to read, in a YAML file relative to that file; a suffix: so are values that end with it. later: newer
+    than results that it does not change at its default (`later_defaults`).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "path": path, "later": later})
+
+
+def is_path(field: dataclasses.Field, value: Any) -> bool:
+    """Whether the value of a setting names a file to read."""
+    path = field.metadata["path"]
+    return bool(value) and (path is True or (bool(path) and str(value).endswith(path)))
+
+
+def later_defaults(*groups: type) -> dict[str, Any]:
+    """The flags that came later: at these values, a result is the same as from before there was the flag."""
+    return {
+        field.name: field.default for group in groups for field in dataclasses.fields(group) if field.metadata["later"]
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +117,16 @@ class GuidanceConfig:
     guide_scale: float = option(1.0, "1 + s: the strength as the authors' code counts it; 1 = off")
     sag_scale: float | None = option(None, "s: the strength as the paper counts it, instead of guide_scale; 0 = off")
     sag_block: str = option("", "block whose attention makes the mask, like output_blocks.8.1 (the paper's Out.8)")
+    sag_mask: str = option(
+        "self-attention",
+        "what is blurred: self-attention, or for comparison global, high-frequency, random, square, or a FILE.npz with "
+        "an array `maps` [M, h, w] for samples 0 … M − 1, round and round: float32 (the highest) or bool (as it is)",
+        path=".npz",
+        later=True,
+    )
+    sag_mask_share: float = option(
+        0.4, "share of the image that the masks high-frequency, random, square and float32 maps cover", later=True
+    )
     sel_attn_block: str = option("output", "the authors' way to name the block: input, middle or output")
     sel_attn_depth: int = option(8, "and its number, where sag_block is not given")
     sag_threshold: float = option(1.0, "ψ: blurred is what gets more attention than ψ times the mean")
@@ -115,6 +142,10 @@ class GuidanceConfig:
     def __post_init__(self):
         if self.sag_scale is not None and self.guide_scale != 1:
             raise ValueError("sag_scale, guide_scale: two names of one strength (guide_scale = 1 + s); give one")
+        if self.sag_mask_share != 0.4 and self.sag_mask in ("self-attention", "global"):
+            raise ValueError(f"sag_mask_share: the mask {self.sag_mask} has no share that could be chosen")
+        if self.fidelity == "reference" and self.sag_mask != "self-attention":
+            raise ValueError(f"fidelity: reference has the self-attention mask only, got sag_mask {self.sag_mask}")
         for name in ("guide_scale", "sag_threshold"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: wanted a finite number, got {getattr(self, name)}")
@@ -279,10 +310,10 @@ def _warn(given: set[str], configs: list[Any]) -> None:
 
 def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Any]:
     """The values of a configuration file with its relative paths taken from the file's folder."""
-    paths = {name for name, (field, _) in _fields(groups).items() if field.metadata["path"]}
+    fields = _fields(groups)
     return {
         key: bf.join(os.path.abspath(folder) if "://" not in folder else folder, value)
-        if key in paths and value and "://" not in str(value)
+        if key in fields and is_path(fields[key][0], value) and "://" not in str(value)
         else value
         for key, value in values.items()
     }

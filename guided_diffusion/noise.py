@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +28,22 @@ def generator(seed: int, index: int, purpose: int, step: int = 0) -> np.random.G
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> Tensor:
     """A random class for every sample: [N] int64 in [0, num_classes)."""
     return torch.tensor([int(generator(seed, index, LABEL).integers(num_classes)) for index in indices])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples the rows of a batch are."""
+
+    seed: int
+    indices: Sequence[int]
+
+    def uniform(self, steps: Sequence[int], count: int) -> Tensor:
+        """Numbers in [0, 1) for the masks of each row at its step: [N, count] float64."""
+        rows = [
+            generator(self.seed, index, MASK, step).random(count)
+            for index, step in zip(self.indices, steps, strict=True)
+        ]
+        return torch.from_numpy(np.stack(rows))
 
 
 class SampleNoise:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import guided_diffusion
 from guided_diffusion import pictures
-from guided_diffusion.config import exit_on_bad_input
+from guided_diffusion.config import GuidanceConfig, exit_on_bad_input, later_defaults
 from guided_diffusion.fetch import local_path
 from guided_diffusion.files import join, write_atomically
 from guided_diffusion.guidance.base import GuidedDenoiser
@@ -34,8 +34,11 @@ SECONDS_BETWEEN_LINES = 10
 OF_THE_RUN = {"out_dir", "num_samples", "overwrite", "grace", "log_json"}
 """Settings that do not change any sample."""
 
-INPUT_FILES = ("model_path", "classifier_path", "base_samples")
-"""Settings that name a file: its contents count, not its name."""
+INPUT_FILES = ("model_path", "classifier_path", "base_samples", "sag_mask")
+"""Settings that name a file, or may: its contents count, not its name."""
+
+LATER = later_defaults(SamplingConfig, GuidanceConfig)
+"""Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
 
 Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]
 """Is shown every step of every batch: the samples' indices, the state, and the denoiser that knows the guidance."""
@@ -51,8 +54,13 @@ def _file_hash(path: str) -> str:
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
     """What makes sample i what it is, and the cut into shards: settings, and the contents of the files they name."""
-    kept = {key: value for key, value in settings.items() if key not in OF_THE_RUN}
-    return kept | {key: _file_hash(kept[key]) for key in INPUT_FILES if kept.get(key)}
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in OF_THE_RUN and not (key in LATER and value == LATER[key])
+    }
+    files = [key for key in INPUT_FILES if kept.get(key) and (key != "sag_mask" or kept[key].endswith(".npz"))]
+    return kept | {key: _file_hash(kept[key]) for key in files}
 
 
 def output_folder(config: SamplingConfig, made_of: dict[str, Any]) -> str:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from guided_diffusion import samplers
 from guided_diffusion.checkpoints import load_into
-from guided_diffusion.config import GuidanceConfig, NetworkConfig, option
+from guided_diffusion.config import GuidanceConfig, NetworkConfig, is_path, option
 from guided_diffusion.files import is_address, read_arrays
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
 from guided_diffusion.guidance.classifier import with_classifier
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.inspection import wrong_flags
-from guided_diffusion.noise import SampleNoise, check_seed, sample_labels
+from guided_diffusion.noise import SampleNoise, Samples, check_seed, sample_labels
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import State
 from guided_diffusion.script_util import build_guidance
@@ -168,7 +168,8 @@ class Sampler:
         config, process = self.config, self.diffusion.process
         noise = SampleNoise(config.seed, indices, (3, self.side, self.side), self.device)
         condition = {name: rows.to(self.device) for name, rows in self.condition_of(indices).items()}
-        guided = GuidedDenoiser(self.diffusion.denoiser(self.network, config.clip_denoised), process, self.guidances)
+        denoiser = self.diffusion.denoiser(self.network, config.clip_denoised)
+        guided = GuidedDenoiser(denoiser, process, self.guidances, Samples(config.seed, indices))
         denoiser = with_classifier(guided, self.cond_fn) if self.cond_fn else guided
         if config.use_ddim:
             states = samplers.ddim(denoiser, process, noise.x_T(), condition, noise, config.ddim_eta)
@@ -201,6 +202,6 @@ def resolved(*groups: Any) -> dict[str, Any]:
     for group in groups:
         for field in fields(group):
             value = getattr(group, field.name)
-            is_local = field.metadata.get("path") and value and not is_address(value)
+            is_local = is_path(field, value) and not is_address(value)
             settings[field.name] = os.path.abspath(value) if is_local else value
     return settings

@@ -4,6 +4,9 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import torch
+
 from guided_diffusion.attention import find_block
 from guided_diffusion.config import (
     NUM_CLASSES,
@@ -15,8 +18,18 @@ from guided_diffusion.config import (
     parse_value,
 )
 from guided_diffusion.denoiser import ModelMeanType, ModelVarType
+from guided_diffusion.files import read_arrays
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.guidance.base import Guidance, Interval
+from guided_diffusion.guidance.masked_blur import MaskedBlur, MaskGuidance
+from guided_diffusion.guidance.masks import (
+    CentredSquare,
+    GivenMaps,
+    HighFrequency,
+    Masking,
+    RandomCells,
+    everywhere,
+)
 from guided_diffusion.guidance.self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from guided_diffusion.training.losses import LossType
@@ -208,21 +221,59 @@ def sr_create_model_and_diffusion(
     return SuperResModel(**_network_arguments(network, diffusion.learn_sigma)), build_diffusion(diffusion)
 
 
-def build_guidance(network: UNetModel, config: GuidanceConfig) -> SelfAttentionGuidance:
-    """Self-attention guidance of a configuration for a network."""
+def _given_maps(path: str, share: float) -> GivenMaps:
+    """The masks of an npz: `maps` [M, h, w], bool or float32."""
+    try:
+        with open(path, "rb") as file:
+            try:
+                arrays = read_arrays(file, {"maps": (np.dtype(np.float32), (None, None, None))})
+            except ValueError as error:
+                if "got bool" not in str(error):
+                    raise
+                arrays = read_arrays(file, {"maps": (np.dtype(bool), (None, None, None))})
+        return GivenMaps(maps=torch.from_numpy(arrays["maps"].copy()), share=share)
+    except FileNotFoundError:
+        raise ValueError(f"sag_mask: no such file {path!r}") from None
+    except ValueError as error:
+        raise ValueError(f"sag_mask: {path}: {error}") from None
+
+
+def _masking(config: GuidanceConfig) -> Masking:
+    if config.sag_mask == "global":
+        return everywhere
+    if config.sag_mask.endswith(".npz"):
+        return _given_maps(config.sag_mask, config.sag_mask_share)
+    kinds = {"high-frequency": HighFrequency, "random": RandomCells, "square": CentredSquare}
+    if config.sag_mask not in kinds:
+        known = ", ".join(["self-attention", "global", *kinds])
+        raise ValueError(f"sag_mask: wanted {known} or a FILE.npz, got {config.sag_mask!r}")
+    return kinds[config.sag_mask](config.sag_mask_share)
+
+
+def _when(config: GuidanceConfig) -> dict[str, Any]:
+    """The steps at which all guidances of a configuration act."""
     low_high = _numbers("guide_interval", config.guide_interval, float)
     if len(low_high) != 2:
         raise ValueError(f"guide_interval: wanted lo,hi, got {config.guide_interval!r}")
+    return {"interval": Interval(*low_high, start=config.guide_start), "every": config.guide_every}
+
+
+def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
+    """Self-attention guidance of a configuration for a network, or the same with another mask."""
     reference = config.fidelity == "reference"
+    common = {
+        "scale": config.scale,
+        "blur_sigma": config.blur_sigma,
+        "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
+        **_when(config),
+    }
+    if config.sag_mask != "self-attention":
+        return MaskGuidance(masking=_masking(config), **common)
     return SelfAttentionGuidance(
-        scale=config.scale,
-        interval=Interval(*low_high, start=config.guide_start),
-        every=config.guide_every,
         block=find_block(network, config.block_name),
         threshold=config.sag_threshold,
-        blur_sigma=config.blur_sigma,
-        blur_kernel=REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
         reference_heads=network.num_heads if reference else None,
+        **common,
     )
 
 

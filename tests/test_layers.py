@@ -26,13 +26,14 @@ MAY_IMPORT = {
     "denoiser": {"process"},
     "attention": {"nn"},
     "unet": {"nn", "attention"},
-    "guidance": {"guidance", "process", "denoiser", "attention"},
+    "guidance": {"guidance", "process", "denoiser", "attention", "noise"},
     "samplers": {"process", "denoiser"},
     "training": {"training", "process", "denoiser", "nn", "attention", "unet", "config", "checkpoints"},
     "gaussian_diffusion": {"process", "denoiser", "guidance", "samplers", "training"},
     "respace": {"process", "gaussian_diffusion"},
     "script_util": {
-        "config", "process", "denoiser", "attention", "unet", "guidance", "training", "gaussian_diffusion", "respace",
+        "config", "files", "process", "denoiser", "attention", "unet", "guidance", "training", "gaussian_diffusion",
+        "respace",
     },
     "sampling": {
         "config", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "respace",

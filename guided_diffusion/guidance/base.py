@@ -12,6 +12,7 @@ from torch import Tensor
 
 from guided_diffusion.attention import Attends
 from guided_diffusion.denoiser import Condition, Denoiser, Prediction, stacked
+from guided_diffusion.noise import Samples
 from guided_diffusion.process import ForwardProcess, NoiseLevels
 
 NullCondition = Callable[[Condition], Condition]
@@ -92,8 +93,10 @@ class Step:
         condition: Condition,
         due: Sequence[Guidance] = (),
         null: NullCondition | None = None,
+        samples: Samples | None = None,
     ):
         self._denoiser = denoiser
+        self._samples = samples
         self.evaluations = 0
         rows = len(x_t)
         with ExitStack() as stack:
@@ -105,6 +108,20 @@ class Step:
         self.recorded = {
             guidance: {block: score[-rows:] for block, score in scores.items()} for guidance, scores in recorded.items()
         }
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Which samples the rows are; where that is not known, their places in the batch."""
+        return self._samples.indices if self._samples else range(len(self.base.x_t))
+
+    def uniform(self, count: int) -> Tensor:
+        """Numbers in [0, 1) for masks, [N, count] float64 on the CPU, the same for every guidance of a step.
+
+        A function of sample and step alone; where the samples are not known, from torch's generator.
+        """
+        if self._samples:
+            return self._samples.uniform(self.base.t.tolist(), count)
+        return torch.rand(len(self.base.x_t), count, dtype=torch.float64)
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """One more network pass."""
@@ -127,12 +144,20 @@ class GuidedDenoiser:
     scale 0, and steps outside a guidance's interval, cost no network pass. Inside the interval of a guidance that needs
     the unconditional pass, `step.base` is unconditional for all guidances, also where that guidance's own difference is
     used again: the pass is made at every step where a guidance that uses it is computed. `last_step` is the newest
-    Step; `evaluations` counts network passes of the whole trajectory.
+    Step; `evaluations` counts network passes of the whole trajectory. samples: which samples the rows are, for masks
+    that belong to a sample.
     """
 
-    def __init__(self, denoiser: Denoiser, process: ForwardProcess | NoiseLevels, guidances: Sequence[Guidance] = ()):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        process: ForwardProcess | NoiseLevels,
+        guidances: Sequence[Guidance] = (),
+        samples: Samples | None = None,
+    ):
         self._denoiser = denoiser
         self._process = process
+        self._samples = samples
         self._guidances = [guidance for guidance in guidances if guidance.scale != 0]
         if len({guidance.unconditional_by() for guidance in self._guidances} - {None}) > 1:
             raise ValueError("guidances with different null conditions cannot share the unconditional pass")
@@ -148,7 +173,7 @@ class GuidedDenoiser:
         null = None
         if any(g.uses_base for g in due):
             null = next((asked for g in active if (asked := g.unconditional_by())), None)
-        step = self.last_step = Step(self._denoiser, x_t, t, condition, due, null)
+        step = self.last_step = Step(self._denoiser, x_t, t, condition, due, null, self._samples)
         eps, x0 = step.conditional.eps, step.conditional.raw_x0
         for guidance in active:
             if guidance in due:
