@@ -29,21 +29,6 @@ from guided_diffusion.sampling import (
 from guided_diffusion.script_util import build_diffusion, build_guidance, build_network
 
 CONFIG = Path(__file__).parent.parent / "configs" / "emoji.yaml"
-SHOWN = 16
-PANEL_WIDTH = 550
-
-
-def comparison(unguided: np.ndarray, blurred_share: np.ndarray, guided: np.ndarray) -> np.ndarray:
-    """The first samples as three panels; [N, H, W, 3] uint8, [N, H, W] in [0, 1], [N, H, W, 3] uint8."""
-    columns = max(1, round(min(len(unguided), SHOWN) ** 0.5))
-    panels = [
-        ("unguided", unguided),
-        ("attention mask (brighter: more steps)", pictures.heat(blurred_share)),
-        ("self-attention guidance", guided),
-    ]
-    return pictures.titled_panels(
-        [(title, pictures.enlarge(pictures.grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels]
-    )
 
 
 def main() -> None:
@@ -97,7 +82,7 @@ def main() -> None:
     guided = store.first(sampling.num_samples)
 
     steps_per_sample = max(1.0, guided_steps / sampling.num_samples)
-    pictures.save_png(comparison(unguided, selected / steps_per_sample, guided), out_dir / "comparison.png")
+    pictures.save_png(pictures.comparison(unguided, selected / steps_per_sample, guided), out_dir / "comparison.png")
     change = np.abs(unguided.astype(float) - guided).mean()
     lines = [
         f"{sampling.num_samples} samples of {Path(sampling.model_path).name}, {steps} steps, seed {sampling.seed}",

@@ -39,6 +39,10 @@ MAY_IMPORT = {
         "config", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "respace",
         "script_util", "unet", "inspection",
     },
+    "stable_diffusion": {
+        "stable_diffusion", "config", "noise", "pictures", "process", "denoiser", "attention", "guidance", "samplers",
+        "script_util", "sampling",
+    },
     "run": {
         "config", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers", "sampling",
         "__init__",

@@ -50,12 +50,28 @@ class StableDiffusion:
                 raise ValueError(f"{name}: wanted a multiple of {self.factor}, got {size}")
         return self.vae.config.latent_channels, height // self.factor, width // self.factor
 
+    def check_prompts(self, prompts: Sequence[str], flag: str = "prompt") -> None:
+        """Raise a ValueError for a prompt that a text encoder could not read to its end."""
+        for tokenizer in self.tokenizers:
+            limit = tokenizer.model_max_length
+            for prompt in prompts:
+                tokens = tokenizer(prompt, verbose=False).input_ids
+                if len(tokens) > limit:
+                    cut = tokenizer.decode(tokens[limit - 1 : -1])
+                    raise ValueError(
+                        f"{flag}: {prompt!r} has {len(tokens) - 2} tokens and the text encoder reads {limit - 2}; "
+                        f"{cut!r} would be cut"
+                    )
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], height: int, width: int) -> dict[str, Any]:
         """The UNet's arguments for prompts, rows in their order; a ValueError where a prompt is too long."""
+        self.check_prompts(prompts)
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            tokens = _tokenize(tokenizer, prompts).to(encoder.device)
+            tokens = tokenizer(
+                list(prompts), padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+            ).to(encoder.device)
             mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
             output = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=self.is_xl)
             hidden.append(output.hidden_states[-2] if self.is_xl else output[0])
@@ -89,19 +105,6 @@ class StableDiffusion:
         """
         kept = self.vae.encode(picture * (1 - mask)).latent_dist.mode() * self.vae.config.scaling_factor
         return torch.cat([F.interpolate(mask, kept.shape[2:], mode="nearest"), kept], dim=1)
-
-
-def _tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
-    limit = tokenizer.model_max_length
-    for prompt in prompts:
-        tokens = tokenizer(prompt, verbose=False).input_ids
-        if len(tokens) > limit:
-            cut = tokenizer.decode(tokens[limit - 1 : -1])
-            raise ValueError(
-                f"prompt: {prompt!r} has {len(tokens) - 2} tokens, the text encoder reads {limit - 2}; it would be cut "
-                f"before {cut!r}"
-            )
-    return tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
 
 
 def load(path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> StableDiffusion:
