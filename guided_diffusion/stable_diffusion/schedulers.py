@@ -91,11 +91,12 @@ def start(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Any
 
 
 def noise_levels(scheduler: Any) -> NoiseLevels:
-    """α and σ at every network call of a scheduler that was started: how it mixes image and noise itself.
+    """α and σ at every network call of a scheduler whose timesteps are set: how it mixes image and noise itself.
 
     By index, not by timestep: some schedulers call the network twice at a timestep, or round it.
     """
     probe = copy.deepcopy(scheduler)
+    probe._step_index = None  # which add_noise would prefer to the index that is asked for
     image, noise = torch.eye(2, dtype=torch.float64)[:, :, None, None, None]
     levels = []
     for index, timestep in enumerate(probe.timesteps):
