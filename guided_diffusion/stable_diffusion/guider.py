@@ -69,6 +69,8 @@ class SelfAttentionGuider(BaseGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         # An exception in the UNet keeps the pipeline from calling cleanup_models.
         self._hooks.close()
+        if self.scheduler is None:
+            raise ValueError("scheduler: a guider that was loaded does not know it; guider.scheduler = pipe.scheduler")
         super().set_state(step, num_inference_steps, timestep)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:

@@ -166,8 +166,8 @@ def _component(folder: Path, name: str, kind: Any) -> Any:
 
 def _scheduler(folder: Path, diffusers: Any) -> Any:
     where = folder / "scheduler"
-    name = _json(where / "scheduler_config.json").get("_class_name")
-    kind = getattr(diffusers, str(name), None)
+    name = str(_json(where / "scheduler_config.json").get("_class_name"))
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"model: {where}: {name!r} is no scheduler of diffusers")
     return _loaded(lambda: kind.from_pretrained(where, local_files_only=True), where)
