@@ -1,4 +1,4 @@
-"""Self-attention of the UNet, the score it gives each token, and the recorder of that score."""
+"""Self-attention of the UNet, the score it gives each token, the recorder of that score, and the replacer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from guided_diffusion.nn import GroupNorm32, zero_module
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q, k, v, each [N, heads, T, d], to [N, heads, T, d]."""
 
 Listener = Callable[[Tensor, Tensor, tuple[int, int]], None]
 """Is told queries and keys, [N, heads, T, d] each, and the rows and columns that the T tokens are."""
@@ -171,3 +174,20 @@ def record_attention(*blocks: Attends, split: Split | None = None) -> Iterator[d
             for handle in block.listen(listener_of(block), **how):
                 stack.enter_context(handle)
         yield scores
+
+
+@contextmanager
+def replace_attention(*blocks: AttentionBlock, fn: Attend) -> Iterator[None]:
+    """Let `fn(q, k, v)` do the attention of `blocks` during the network calls made inside the `with`.
+
+    q, k, v are read in the block's own order of heads. The state dict is not touched; the hooks are removed on leaving,
+    also by an exception.
+    """
+
+    def hook(attention: QKVAttention, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return fn(*attention.split(inputs[0])).transpose(-1, -2).flatten(1, 2).to(output.dtype)
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.attention.register_forward_hook(hook))
+        yield

@@ -104,6 +104,9 @@ class ClassifierConfig:
     classifier_use_fp16: bool = option(False, "half precision on a GPU")
     classifier_width: int = option(128, "channels of the first level")
     classifier_depth: int = option(2, "residual blocks per level")
+    classifier_channel_mult: str = option(
+        "", "widths of the levels in units of classifier_width, like 1,2,2; empty: by image_size", later=True
+    )
     classifier_attention_resolutions: str = option("32,16,8", "sides of the feature maps that get attention")
     classifier_use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
     classifier_resblock_updown: bool = option(True, "residual blocks resample, not plain convolutions")
@@ -133,19 +136,15 @@ class GuidanceConfig:
     blur_sigma: float = option(3.0, "σ of the Gaussian blur in pixels; 0 = none, inf = the mean pixel")
     blur_kernel: int | None = option(None, "odd width of the blur's window in pixels; default ⌈3σ⌉ to each side")
     guide_start: int = option(
-        250, "guide while t < this, t in respaced steps (the authors' flag): the last so many steps; 0 = never"
+        250, "guide, in all ways but a classifier's, at the last so many of the respaced steps only; 0 = never"
     )
-    guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, as lo,hi; 1 is noise, 0 the image")
-    guide_every: int = option(1, "compute the guidance every so many guided steps, and use it again between")
+    guide_interval: str = option("0,1", "and while lo ≤ t/T < hi, as lo,hi; 1 is noise, 0 the image")
+    guide_every: int = option(1, "compute each of these guidances every so many guided steps only, and use it again")
     fidelity: str = option("corrected", "corrected: as the paper; reference: as the authors' code computes")
 
     def __post_init__(self):
         if self.sag_scale is not None and self.guide_scale != 1:
             raise ValueError("sag_scale, guide_scale: two names of one strength (guide_scale = 1 + s); give one")
-        if self.sag_mask_share != 0.4 and self.sag_mask in ("self-attention", "global"):
-            raise ValueError(f"sag_mask_share: the mask {self.sag_mask} has no share that could be chosen")
-        if self.fidelity == "reference" and self.sag_mask != "self-attention":
-            raise ValueError(f"fidelity: reference has the self-attention mask only, got sag_mask {self.sag_mask}")
         for name in ("guide_scale", "sag_threshold"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: wanted a finite number, got {getattr(self, name)}")
@@ -169,6 +168,28 @@ class GuidanceConfig:
             if self.sel_attn_block == "middle"
             else (f"{self.sel_attn_block}_blocks.{self.sel_attn_depth}.1")
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherGuidanceConfig:
+    """other guidances: each adds scale · Δ to ε, alone or with self-attention guidance; 0 = off"""
+
+    cfg_scale: float = option(
+        0.0,
+        "classifier-free guidance, Δ = ε(x, c) − ε(x, ∅): the paper's s_c (guidance_scale of other tools is 1 + s_c); "
+        "needs classes and null_label; self-attention guidance then degrades ε(x, ∅) (the paper's Eq. 25)",
+        later=True,
+    )
+    pag_scale: float = option(0.0, "perturbed-attention guidance: identity attention in pag_blocks", later=True)
+    pag_blocks: str = option("middle_block.1", "attention blocks, like middle_block.1,output_blocks.2.1", later=True)
+    seg_scale: float = option(0.0, "smoothed energy guidance: blurred queries in seg_blocks", later=True)
+    seg_blocks: str = option("middle_block.1", "attention blocks, as pag_blocks", later=True)
+    seg_sigma: float = option(math.inf, "σ of the queries' blur in tokens; inf = the mean query", later=True)
+
+    def __post_init__(self):
+        for name in ("cfg_scale", "pag_scale", "seg_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: wanted a finite number, got {getattr(self, name)}")
 
 
 def parse_value(text: Any, kind: Any, key: str) -> Any:

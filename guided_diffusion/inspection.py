@@ -132,6 +132,7 @@ def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
         flags = {
             "classifier_width": channels,
             "classifier_depth": blocks,
+            "classifier_channel_mult": mult,
             "classifier_attention_resolutions": attention_resolutions,
             **{f"classifier_{key}": value for key, value in shared.items()},
             "classifier_pool": _pool(shapes),
@@ -181,7 +182,9 @@ def wrong_flags(
     if (checkpoint.kind == "classifier") != is_classifier:
         return f"the file is a {checkpoint.kind}, wanted a {'classifier' if is_classifier else 'diffusion network'}"
     given: dict[str, Any] = {**vars(network), "learn_sigma": learn_sigma}
-    if isinstance(network, NetworkConfig):
+    if isinstance(network, ClassifierConfig):
+        given["classifier_channel_mult"] = network.classifier_channel_mult or CHANNEL_MULTS.get(image_size, "")
+    else:
         given["channel_mult"] = network.channel_mult or CHANNEL_MULTS.get(image_size, "")
         given["num_classes"] = network.num_classes + network.null_label
         if not network.class_cond:
@@ -204,4 +207,4 @@ def _same(given: Any, told: Any) -> bool:
 
 def _size_hint(flag: str, told: str) -> str:
     size = next((size for size, known in CHANNEL_MULTS.items() if known == told), None)
-    return f" (that of image_size {size})" if flag == "channel_mult" and size else ""
+    return f" (that of image_size {size})" if flag.endswith("channel_mult") and size else ""

@@ -58,13 +58,15 @@ def titled_panels(panels: Sequence[tuple[str, np.ndarray]], gap: int = 16) -> np
     return np.asarray(sheet)
 
 
-def comparison(unguided: np.ndarray, blurred_share: np.ndarray, guided: np.ndarray) -> np.ndarray:
+def comparison(
+    unguided: np.ndarray, blurred_share: np.ndarray, guided: np.ndarray, mask: str = "attention"
+) -> np.ndarray:
     """The first samples as three panels; [N, H, W, 3] uint8, [N, H, W] in [0, 1], [N, H, W, 3] uint8."""
     columns = max(1, round(min(len(unguided), SHOWN) ** 0.5))
     panels = [
         ("unguided", unguided),
-        ("attention mask (brighter: more steps)", heat(blurred_share)),
-        ("self-attention guidance", guided),
+        (f"{mask} mask (brighter: more steps)", heat(blurred_share)),
+        ("guided" if mask != "attention" else "self-attention guidance", guided),
     ]
     return titled_panels([(title, enlarge(grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels])
 

@@ -21,7 +21,13 @@ from tqdm import tqdm
 
 import guided_diffusion
 from guided_diffusion import pictures
-from guided_diffusion.config import GuidanceConfig, exit_on_bad_input, later_defaults
+from guided_diffusion.config import (
+    ClassifierConfig,
+    GuidanceConfig,
+    OtherGuidanceConfig,
+    exit_on_bad_input,
+    later_defaults,
+)
 from guided_diffusion.fetch import local_path
 from guided_diffusion.files import join, write_atomically
 from guided_diffusion.guidance.base import GuidedDenoiser
@@ -41,7 +47,7 @@ INPUT_FILES = ("model_path", "classifier_path", "base_samples", "sag_mask", "mod
 IN_MODELS = (".json", ".txt", ".safetensors")
 """The files of a model's folder that count."""
 
-LATER = later_defaults(SamplingConfig, GuidanceConfig)
+LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig)
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
 
 Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]

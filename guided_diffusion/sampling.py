@@ -14,16 +14,15 @@ from torch import Tensor
 
 from guided_diffusion import samplers
 from guided_diffusion.checkpoints import load_into
-from guided_diffusion.config import GuidanceConfig, NetworkConfig, is_path, option
+from guided_diffusion.config import GuidanceConfig, NetworkConfig, OtherGuidanceConfig, is_path, option
 from guided_diffusion.files import is_address, read_arrays
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
 from guided_diffusion.guidance.classifier import with_classifier
-from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.inspection import wrong_flags
 from guided_diffusion.noise import SampleNoise, Samples, check_seed, sample_labels
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import State
-from guided_diffusion.script_util import build_guidance
+from guided_diffusion.script_util import build_guidance, build_other_guidances
 from guided_diffusion.unet import UNetModel
 
 ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
@@ -214,21 +213,48 @@ class Sampler:
             yield state, guided
 
 
-def guidances_of(config: GuidanceConfig, network: UNetModel) -> list[SelfAttentionGuidance]:
-    """The guidance that flags ask for; checked also where its scale is 0, unless all flags are at their defaults."""
-    return [] if config == GuidanceConfig() else [build_guidance(network, config)]
+def guidances_of(
+    config: GuidanceConfig, others: OtherGuidanceConfig, network: UNetModel, about: NetworkConfig, labels: str
+) -> list[Guidance]:
+    """The guidances that flags ask for, self-attention guidance first.
 
-
-def describe_guidance(config: GuidanceConfig, guidances: Sequence[SelfAttentionGuidance], num_timesteps: int) -> str:
-    """One line for people: what guides, and how many steps."""
-    if config.scale == 0:
-        return "self-attention guidance: off"
-    [guidance] = guidances
-    steps = int(guidance.interval.contains(torch.arange(num_timesteps), num_timesteps).sum())
-    return (
-        f"self-attention guidance: s = {guidance.scale:g}, ψ = {config.sag_threshold:g}, σ = {config.blur_sigma:g} at "
-        f"{config.block_name}, {steps} of {num_timesteps} steps, {config.fidelity}"
+    That one is checked also where its scale is 0, unless its flags are at their defaults. about: the network's
+    configuration. labels: the flag, to refuse classifier-free guidance where no sample has a class.
+    """
+    if others.cfg_scale and labels == "none":
+        raise ValueError("cfg_scale: with labels none there is no class to guide to; give --labels random or classes")
+    null_label = about.num_classes if about.class_cond and about.null_label else None
+    guidances = build_other_guidances(network, others, config, null_label)
+    off = GuidanceConfig(
+        guide_start=config.guide_start, guide_interval=config.guide_interval, guide_every=config.guide_every
     )
+    return guidances if config == off else [build_guidance(network, config), *guidances]
+
+
+def describe_guidance(
+    config: GuidanceConfig, others: OtherGuidanceConfig, guidances: Sequence[Guidance], num_timesteps: int
+) -> str:
+    """For people: a line for each guidance, and how many steps it acts at."""
+    acting = [guidance for guidance in guidances if guidance.scale]
+    if not acting:
+        return "self-attention guidance: off"
+    steps = int(acting[0].interval.contains(torch.arange(num_timesteps), num_timesteps).sum())
+    at = f"{steps} of {num_timesteps} steps" + (f", every {config.guide_every}" if config.guide_every > 1 else "")
+    lines = []
+    if config.scale:
+        mask = f"ψ = {config.sag_threshold:g}, σ = {config.blur_sigma:g} at {config.block_name}"
+        if config.sag_mask != "self-attention":
+            share = "" if config.sag_mask == "global" else f" ({config.sag_mask_share:g})"
+            mask = f"{config.sag_mask} mask{share}, σ = {config.blur_sigma:g}"
+        lines.append(f"self-attention guidance: s = {config.scale:g}, {mask}, {at}, {config.fidelity}")
+    if others.cfg_scale:
+        lines.append(f"classifier-free guidance: s_c = {others.cfg_scale:g}, {at}")
+    if others.pag_scale:
+        lines.append(f"perturbed-attention guidance: s = {others.pag_scale:g} at {others.pag_blocks}, {at}")
+    if others.seg_scale:
+        blur = f"σ = {others.seg_sigma:g} at {others.seg_blocks}"
+        lines.append(f"smoothed energy guidance: s = {others.seg_scale:g}, {blur}, {at}")
+    return "\n".join(lines)
 
 
 def resolved(*groups: Any) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from guided_diffusion.attention import find_block
+from guided_diffusion.attention import AttentionBlock, find_block
 from guided_diffusion.config import (
     NUM_CLASSES,
     ClassifierConfig,
     DiffusionConfig,
     GuidanceConfig,
     NetworkConfig,
+    OtherGuidanceConfig,
     merge,
     parse_value,
 )
@@ -21,6 +22,7 @@ from guided_diffusion.denoiser import ModelMeanType, ModelVarType
 from guided_diffusion.files import read_arrays
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.guidance.base import Guidance, Interval
+from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.masked_blur import MaskedBlur, MaskGuidance
 from guided_diffusion.guidance.masks import (
     CentredSquare,
@@ -30,7 +32,9 @@ from guided_diffusion.guidance.masks import (
     RandomCells,
     everywhere,
 )
+from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 from guided_diffusion.guidance.self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
+from guided_diffusion.guidance.smoothed_energy import SmoothedEnergyGuidance
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from guided_diffusion.training.losses import LossType
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -80,13 +84,13 @@ def _numbers(key: str, text: str, kind: type) -> list[Any]:
     return [parse_value(part, kind, key) for part in text.split(",")]
 
 
-def _levels(image_size: int, channel_mult: str) -> list[float]:
+def _levels(image_size: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
     if not channel_mult and image_size not in CHANNEL_MULTS:
         known = ", ".join(map(str, CHANNEL_MULTS))
-        raise ValueError(f"channel_mult: none is known for image_size {image_size} (only for {known}); give it")
-    levels = _numbers("channel_mult", channel_mult or CHANNEL_MULTS[image_size], float)
+        raise ValueError(f"{key}: none is known for image_size {image_size} (only for {known}); give it")
+    levels = _numbers(key, channel_mult or CHANNEL_MULTS[image_size], float)
     if image_size % 2 ** (len(levels) - 1):
-        raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as channel_mult asks")
+        raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as {key} asks")
     return levels
 
 
@@ -192,7 +196,7 @@ def build_classifier(image_size: int, config: ClassifierConfig, num_classes: int
         out_channels=num_classes,
         num_res_blocks=config.classifier_depth,
         attention_resolutions=_downsampling(image_size, config.classifier_attention_resolutions),
-        channel_mult=_levels(image_size, ""),
+        channel_mult=_levels(image_size, config.classifier_channel_mult, "classifier_channel_mult"),
         num_head_channels=64,
         use_scale_shift_norm=config.classifier_use_scale_shift_norm,
         resblock_updown=config.classifier_resblock_updown,
@@ -272,7 +276,11 @@ def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
         "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
         **_when(config),
     }
+    if config.sag_mask_share != GuidanceConfig.sag_mask_share and config.sag_mask in ("self-attention", "global"):
+        raise ValueError(f"sag_mask_share: the mask {config.sag_mask} has no share that could be chosen")
     if config.sag_mask != "self-attention":
+        if reference:
+            raise ValueError(f"fidelity: reference has the self-attention mask only, got sag_mask {config.sag_mask}")
         return MaskGuidance(masking=_masking(config), **common)
     return SelfAttentionGuidance(
         block=find_block(network, config.block_name),
@@ -280,6 +288,37 @@ def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
         reference_heads=network.num_heads if reference else None,
         **common,
     )
+
+
+def build_other_guidances(
+    network: UNetModel, config: OtherGuidanceConfig, when: GuidanceConfig, null_label: int | None
+) -> list[Guidance]:
+    """The guidances of a configuration beside self-attention guidance, but those with scale 0.
+
+    when: says at which steps they act. null_label: the network's label for no class, None where it has none.
+    """
+    common = _when(when)
+    guidances: list[Guidance] = []
+    if config.cfg_scale:
+        if null_label is None:
+            raise ValueError("cfg_scale: needs a network with classes and a null label (class_cond, null_label)")
+        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null_class(null_label), **common))
+    if config.pag_scale:
+        blocks = _blocks(network, "pag_blocks", config.pag_blocks)
+        guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, **common))
+    if config.seg_scale:
+        blocks = _blocks(network, "seg_blocks", config.seg_blocks)
+        guidances.append(
+            SmoothedEnergyGuidance(scale=config.seg_scale, blocks=blocks, sigma=config.seg_sigma, **common)
+        )
+    return guidances
+
+
+def _blocks(network: UNetModel, key: str, names: str) -> tuple[AttentionBlock, ...]:
+    try:
+        return tuple(find_block(network, name.strip()) for name in names.split(","))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def create_guidance(model: UNetModel, **settings: Any) -> Guidance:

@@ -1,4 +1,4 @@
-"""Sample images with classifier guidance, self-attention guidance, or both.
+"""Sample images with classifier guidance, self-attention guidance, classifier-free guidance, and any of them together.
 
 Like image_sample.py, with a noisy-image classifier: it pulls every sample to its class. For example, ADM 128²:
 
@@ -14,6 +14,7 @@ from guided_diffusion.config import (
     DiffusionConfig,
     GuidanceConfig,
     NetworkConfig,
+    OtherGuidanceConfig,
     exit_on_bad_input,
     option,
     parse_args,
@@ -57,6 +58,7 @@ def main() -> None:
     groups = (
         SamplingConfig,
         GuidanceConfig,
+        OtherGuidanceConfig,
         ClassifierGuidanceConfig,
         NetworkConfig,
         DiffusionConfig,
@@ -64,17 +66,18 @@ def main() -> None:
     )
     configs = parse_args(__doc__, groups)
     job = start()
-    sampling, guidance, by_classifier, network_config, diffusion_config, classifier_config = configs
+    sampling, guidance, others, by_classifier, network_config, diffusion_config, classifier_config = configs
     image_size = network_config.image_size
     with exit_on_bad_input():
         device = job.device
         diffusion = build_diffusion(diffusion_config)
         with unfilled():
             network = build_network(network_config, diffusion_config.learn_sigma)
-            classifier = build_classifier(image_size, classifier_config, network_config.num_classes)
-        guidances = guidances_of(guidance, network)
+        guidances = guidances_of(guidance, others, network, network_config, sampling.labels)
         condition_of, cond_fn = unconditional, None
         if by_classifier.on:
+            with unfilled():
+                classifier = build_classifier(image_size, classifier_config, network_config.num_classes)
             explain = partial(wrong_flags, network=classifier_config, image_size=image_size)
             load_into(classifier, by_classifier.classifier_path, device, explain)
             classifier.eval().requires_grad_(False)
@@ -88,8 +91,8 @@ def main() -> None:
     # The classifier needs labels also where the network takes none.
     network_fn = network if network_config.class_cond else lambda x, t, y=None: network(x, t)
     sampler = Sampler(sampling, image_size, network_fn, diffusion, device, condition_of, guidances, cond_fn)
-    line = describe_guidance(guidance, guidances, diffusion.num_timesteps)
-    line += f"; classifier guidance: {f'scale {by_classifier.classifier_scale:g}' if cond_fn else 'off'}"
+    line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
+    line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if cond_fn else 'off'}"
     run(sampler, resolved(*configs), line, job)
 
 

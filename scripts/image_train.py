@@ -19,7 +19,8 @@ from guided_diffusion.parallel import launch, start
 from guided_diffusion.sampling import resolved
 from guided_diffusion.script_util import build_diffusion, build_network
 from guided_diffusion.training.data import class_names, list_image_files, load_data
-from guided_diffusion.training.loop import TrainingConfig, TrainLoop, seed_torch
+from guided_diffusion.training.loop import TrainingConfig, TrainLoop
+from guided_diffusion.training.trainer import seed_torch
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier import classifier_gradient
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
+from guided_diffusion.guidance.smoothed_energy import token_grid
 from guided_diffusion.script_util import create_guidance
 
 SIDE = 16
@@ -134,6 +135,12 @@ def test_mask_of_a_map_that_does_not_tile_the_image():
     score = torch.tensor([[[0.0, 2.0, 0.0], [2.0, 0.0, 0.0]]])
     mask = attention_mask(score, (3, 5), 1.0)[0, 0]
     assert mask.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]
+
+
+def test_a_grid_that_is_not_known_must_tile_the_image():
+    assert token_grid(4 * 8, 16, 32) == (4, 8)
+    with pytest.raises(ValueError, match="31 tokens does not tile"):
+        token_grid(31, 16, 32)
 
 
 def test_sigma_zero_is_no_guidance(small):

@@ -37,7 +37,7 @@ def build(name):
 
 def test_there_is_a_configuration_for_every_published_checkpoint():
     assert len(PUBLISHED) == 19
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PUBLISHED) | {"emoji"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PUBLISHED) | {"emoji", "emoji_classifier"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,0 +1,111 @@
+"""Train a noisy-image classifier, for classifier guidance, on a folder of images.
+
+The class of an image is the beginning of its file name (label_name.png); class i is the i-th label in sorted order, as
+for image_train.py. The diffusion must be that of the model to be guided. Everything is written to --out_dir; the same
+command goes on where it stopped. Example:
+
+  python scripts/classifier_train.py --data_dir data/emoji32/train --val_data_dir data/emoji32/held_out \\
+      --image_size 32 --num_classes 3 --noise_schedule cosine --batch_size 64 --iterations 3000
+"""
+
+import json
+import random
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import yaml
+
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, exit_on_bad_input, parse_args
+from guided_diffusion.files import write_atomically
+from guided_diffusion.parallel import launch, start
+from guided_diffusion.sampling import resolved
+from guided_diffusion.script_util import build_classifier, build_diffusion
+from guided_diffusion.training.classifier import ClassifierLoop, ClassifierTrainingConfig, accuracy_by_noise
+from guided_diffusion.training.data import ImageFolder, load_data
+from guided_diffusion.training.trainer import seed_torch
+
+OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
+NOISE_LEVELS = 10
+DRAWS = 4
+IMAGES_AT_A_TIME = 256
+
+
+def accuracies(loop, folders, image_size):
+    """Accuracy by noise level on every image of each folder, uncropped and not mirrored."""
+    loop.network.eval()
+    total = loop.process.num_timesteps
+    steps = [level * total // NOISE_LEVELS for level in range(NOISE_LEVELS)]
+    found = {"t": steps}
+    for folder in folders:
+        data = ImageFolder(folder, image_size, class_cond=True, crop=False, flip=False)
+        totals = [0.0] * len(steps)
+        for start_at in range(0, len(data), IMAGES_AT_A_TIME):
+            rows = [data[i] for i in range(start_at, min(start_at + IMAGES_AT_A_TIME, len(data)))]
+            images = torch.stack([image for image, _ in rows]).to(loop.device)
+            labels = torch.tensor([label for _, label in rows], device=loop.device)
+            shares = accuracy_by_noise(loop.network, loop.process, images, labels, steps, DRAWS)
+            totals = [total + share * len(rows) for total, share in zip(totals, shares, strict=True)]
+        found[folder] = [round(total / len(data), 4) for total in totals]
+    return found
+
+
+def main() -> None:
+    groups = (ClassifierTrainingConfig, ClassifierConfig, NetworkConfig, DiffusionConfig)
+    configs = parse_args(__doc__, groups, without=OF_OTHER_NETWORKS)
+    training, classifier_config, network_config, diffusion_config = configs
+    image_size, num_classes = network_config.image_size, network_config.num_classes
+    device = start().device
+    with exit_on_bad_input():
+        seed_torch(training.seed)
+        random.seed(training.seed)
+        network = build_classifier(image_size, classifier_config, num_classes).to(device)
+        folders = [training.data_dir] + ([training.val_data_dir] if training.val_data_dir else [])
+        names = [ImageFolder(folder, image_size, True, False, False).class_names for folder in folders]
+        if len(names[0]) > num_classes:
+            raise ValueError(f"num_classes: {num_classes}, but data_dir has {len(names[0])} classes")
+        if names[-1] != names[0]:
+            raise ValueError(f"val_data_dir: wanted the classes {', '.join(names[0])}, got {', '.join(names[-1])}")
+        batches = [
+            load_data(
+                data_dir=folder,
+                batch_size=training.batch_size,
+                image_size=image_size,
+                class_cond=True,
+                random_crop=training.random_crop,
+                random_flip=training.random_flip,
+            )
+            for folder in folders
+        ]
+        loop = ClassifierLoop(
+            network,
+            build_diffusion(diffusion_config),
+            batches[0],
+            training,
+            batches[1] if training.val_data_dir else None,
+            classifier_config.classifier_use_fp16,
+        )
+        out_dir = Path(training.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        # What classifier_sample.py needs to know of the classifier, after the --config of the model.
+        settings = resolved(classifier_config) | {"image_size": image_size, "num_classes": num_classes}
+        text = yaml.safe_dump(settings, sort_keys=False)
+        write_atomically(out_dir / "config.yaml", lambda file: file.write(text.encode()))
+        write_atomically(out_dir / "classes.json", lambda file: file.write(json.dumps(names[0]).encode()))
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{parameters:,} parameters on {device}; step {loop.step} in {training.out_dir}", flush=True)
+    try:
+        loop.run()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted at step {loop.step}; the same command goes on from there\n")
+        raise SystemExit(130) from None
+    found = accuracies(loop, folders, image_size)
+    write_atomically(out_dir / "accuracy.json", lambda file: file.write(json.dumps(found, indent=1).encode()))
+    for folder, shares in found.items():
+        print(folder, *shares)
+    print(f"trained {loop.step} steps; the weights are {training.out_dir}/model{loop.step:06d}.pt", flush=True)
+
+
+if __name__ == "__main__":
+    launch(main)
