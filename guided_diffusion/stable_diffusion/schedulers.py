@@ -104,7 +104,8 @@ def noise_levels(scheduler: Any) -> NoiseLevels:
             probe.set_begin_index(index)
         # KDPM2's second call lies between two levels, which its add_noise does not know.
         if hasattr(probe, "sigmas_interpol") and index % 2:
-            levels.append(torch.stack([torch.ones((), dtype=torch.float64), probe.sigmas_interpol[index].cpu().double()]))
+            between = probe.sigmas_interpol[index].cpu().double()
+            levels.append(torch.stack([torch.ones_like(between), between]))
         else:
             levels.append(probe.add_noise(image, noise, timestep.expand(2)).flatten())
     alphas, sigmas = torch.stack(levels).flip(0).cpu().numpy().T
