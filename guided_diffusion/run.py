@@ -41,7 +41,17 @@ SECONDS_BETWEEN_LINES = 10
 OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "grace", "log_json"}
 """Settings that do not change any sample."""
 
-INPUT_FILES = ("model_path", "classifier_path", "base_samples", "sag_mask", "model", "prompts", "image", "image_mask")
+INPUT_FILES = (
+    "model_path",
+    "classifier_path",
+    "base_samples",
+    "sag_mask",
+    "model",
+    "model_config",
+    "prompts",
+    "image",
+    "image_mask",
+)
 """Settings that name a file or a model's folder, or may: its contents count, not its name."""
 
 IN_MODELS = (".json", ".txt", ".safetensors")

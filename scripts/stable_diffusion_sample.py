@@ -33,7 +33,7 @@ def main() -> None:
     job = start()
     with exit_on_bad_input():
         prompts = read_prompts(config)
-        model = load(config.model, DTYPES[config.dtype], job.device)
+        model = load(config.model, DTYPES[config.dtype], job.device, config.model_config)
         guidances = build_latent_guidance(model.unet, guidance_config)
         sampler = StableDiffusionSampler(config, model, prompts, guidances)
     store, _ = run(sampler, resolved(*configs), sampler.describe(), job)

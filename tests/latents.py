@@ -1,13 +1,14 @@
 """Small Stable Diffusion models: the golden one, and random ones of other kinds made from it."""
 
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from guided_diffusion.denoiser import NetworkDenoiser
 from guided_diffusion.guidance.base import GuidedDenoiser
@@ -121,3 +122,61 @@ def variant(folder, kind):
     unet = library.UNet2DConditionModel.from_config(config)
     randomised(unet).save_pretrained(folder / "unet")
     return folder
+
+
+RESNETS = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+ENDS = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0", "conv_out": "out.2",
+}  # fmt: skip
+VAE = {
+    "down_blocks": "down", "up_blocks": "up", "resnets": "block", "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "group_norm": "norm",
+    "mid_block.block.0": "mid.block_1", "mid_block.block.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+}  # fmt: skip
+
+
+def _original_unet_name(name):
+    """The golden UNet's parameter names (one layer a level) as the original format has them."""
+    for new, old in ENDS.items():
+        if name.startswith(new + "."):
+            return old + name.removeprefix(new)
+    part, *rest = name.split(".")
+    if part == "mid_block":
+        kind, number, *rest = rest
+        place = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
+    else:
+        level, kind, number, *rest = rest
+        level, number = int(level), int(number)
+        if part == "down_blocks":
+            place = f"input_blocks.{2 * level + 1 + (kind == 'downsamplers')}"
+        else:
+            place = f"output_blocks.{2 * level + (1 if kind == 'upsamplers' else number)}"
+        place += {"resnets": ".0", "attentions": ".1", "downsamplers": ".0"}.get(kind) or f".{1 + (level > 0)}"
+        if kind == "downsamplers":
+            rest[0] = "op"
+    if kind == "resnets":
+        rest[0] = RESNETS[rest[0]]
+    return ".".join([place, *rest])
+
+
+def single_file(path):
+    """The golden model as one file of the original format."""
+    tensors = {}
+    model = golden_model()
+    for name, value in model.unet.state_dict().items():
+        tensors[f"model.diffusion_model.{_original_unet_name(name)}"] = value
+    for name, value in model.vae.state_dict().items():
+        for new, old in VAE.items():
+            name = name.replace(new, old)
+        levels = len(model.vae.config.block_out_channels)
+        name = re.sub(r"up\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+        tensors[f"first_stage_model.{name}"] = value
+    for name, value in load_file(DATA / "model" / "text_encoder" / "model.safetensors").items():
+        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    return path

@@ -263,6 +263,32 @@ def test_weights_of_half_precision_files_are_found(tmp_path):
     near(load(str(tmp_path)).unet.conv_in.weight, model.unet.conv_in.weight, 0)
 
 
+def test_a_single_file(tmp_path):
+    path = latents.single_file(tmp_path / "model.safetensors")
+    model = load(str(path), config=str(latents.DATA / "model"))
+    for part in ("unet", "vae"):
+        wanted = getattr(golden_model(), part).state_dict()
+        got = getattr(model, part).state_dict()
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    near(
+        model.encode(["a cat"], *SIZE)["encoder_hidden_states"],
+        golden_model().encode(["a cat"], *SIZE)["encoder_hidden_states"],
+        1e-6,
+    )
+    for wrong, said in [
+        ({"path": str(path)}, "a folder of configurations goes with a single .safetensors file"),
+        ({"path": str(latents.DATA / "model"), "config": "x"}, "a folder of configurations goes with a single"),
+        ({"path": "nowhere.safetensors", "config": "x"}, "no such file 'nowhere.safetensors'"),
+        ({"path": str(path), "config": "nowhere"}, "no such folder 'nowhere'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            load(**wrong)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load(str(path), config=str(latents.DATA / "model"))
+
+
 def damaged(folder, part):
     target = folder / part
     if target.suffix == ".safetensors":

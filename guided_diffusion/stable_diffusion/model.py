@@ -107,10 +107,14 @@ class StableDiffusion:
         return torch.cat([F.interpolate(mask, kept.shape[2:], mode="nearest"), kept], dim=1)
 
 
-def load(path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> StableDiffusion:
+def load(
+    path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", config: str = ""
+) -> StableDiffusion:
     """The model in a local folder of diffusers' format; nothing is fetched, only safetensors are read.
 
-    dtype: of the UNet; text encoders and VAE stay in float32. A ValueError says what is missing or damaged.
+    Or path: one `.safetensors` file of the original format, with `config`, a folder of diffusers' format that has the
+    configurations, tokenizer and scheduler of such a model. dtype: of the UNet; text encoders and VAE stay in float32.
+    A ValueError says what is missing or damaged.
     """
     try:
         import diffusers
@@ -123,15 +127,21 @@ def load(path: str, dtype: torch.dtype = torch.float32, device: torch.device | s
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-    folder = Path(path)
+    file = Path(path) if path.endswith(".safetensors") else None
+    folder = Path(config if file else path)
+    if file and not file.is_file():
+        raise ValueError(f"model: no such file {path!r}")
+    if bool(config) != bool(file):
+        raise ValueError("model, model_config: a folder of configurations goes with a single .safetensors file")
     if not folder.is_dir():
-        raise ValueError(f"model: no such folder {path!r}")
-    unet, vae = (_component(folder, name, getattr(diffusers, kind)) for name, kind in COMPONENTS.items())
-    encoders = [_component(folder, "text_encoder", transformers.CLIPTextModel)]
-    tokenizers = [_component(folder, "tokenizer", transformers.CLIPTokenizer)]
+        raise ValueError(f"model: no such folder {str(folder)!r}")
+    network, encoder = (_from_folder, _from_folder) if file is None else (_part_of(file), _text_part_of(file))
+    unet, vae = (network(folder, name, getattr(diffusers, kind)) for name, kind in COMPONENTS.items())
+    encoders = [encoder(folder, "text_encoder", transformers.CLIPTextModel)]
+    tokenizers = [_tokenizer(folder, "tokenizer", transformers.CLIPTokenizer)]
     if unet.config.addition_embed_type == "text_time":
-        encoders.append(_component(folder, "text_encoder_2", transformers.CLIPTextModelWithProjection))
-        tokenizers.append(_component(folder, "tokenizer_2", transformers.CLIPTokenizer))
+        encoders.append(encoder(folder, "text_encoder_2", transformers.CLIPTextModelWithProjection))
+        tokenizers.append(_tokenizer(folder, "tokenizer_2", transformers.CLIPTokenizer))
     if unet.config.in_channels not in (vae.config.latent_channels, INPAINTING_CHANNELS):
         raise ValueError(
             f"model: {folder / 'unet'}: in_channels: wanted {vae.config.latent_channels} or {INPAINTING_CHANNELS} "
@@ -144,24 +154,65 @@ def load(path: str, dtype: torch.dtype = torch.float32, device: torch.device | s
     return StableDiffusion(unet.to(dtype), vae, _scheduler(folder, diffusers), tokenizers, encoders, zero)
 
 
-def _component(folder: Path, name: str, kind: Any) -> Any:
-    where = folder / name
-    if not where.is_dir():
+def _part(folder: Path, name: str) -> Path:
+    if not (folder / name).is_dir():
         raise ValueError(f"model: {folder} has no {name!r}; wanted a model folder of diffusers' format")
-    is_network = issubclass(kind, nn.Module)
-    arguments = {}
-    if is_network:
-        given = _json(where / "config.json")
-        said = given.get("_class_name") or (given.get("architectures") or [kind.__name__])[0]
-        if said != kind.__name__:
-            raise ValueError(f"model: {where}: wanted a {kind.__name__}, got a {said}")
-        files = [file.name for file in where.glob("*.safetensors")]
-        if not files:
-            raise ValueError(f"model: {where} has no .safetensors file; other formats are not read")
-        if all(".fp16." in file for file in files):
-            arguments["variant"] = "fp16"
-        arguments["use_safetensors"] = True
-    return _loaded(lambda: kind.from_pretrained(where, local_files_only=True, **arguments), where)
+    return folder / name
+
+
+def _network_part(folder: Path, name: str, kind: Any) -> Path:
+    """The folder of a network, whose configuration is one of this class."""
+    where = _part(folder, name)
+    given = _json(where / "config.json")
+    said = given.get("_class_name") or (given.get("architectures") or [kind.__name__])[0]
+    if said != kind.__name__:
+        raise ValueError(f"model: {where}: wanted a {kind.__name__}, got a {said}")
+    return where
+
+
+def _tokenizer(folder: Path, name: str, kind: Any) -> Any:
+    where = _part(folder, name)
+    return _loaded(lambda: kind.from_pretrained(where, local_files_only=True), where)
+
+
+def _from_folder(folder: Path, name: str, kind: Any) -> nn.Module:
+    where = _network_part(folder, name, kind)
+    files = [file.name for file in where.glob("*.safetensors")]
+    if not files:
+        raise ValueError(f"model: {where} has no .safetensors file; other formats are not read")
+    variant = "fp16" if all(".fp16." in file for file in files) else None
+    return _loaded(
+        lambda: kind.from_pretrained(where, local_files_only=True, use_safetensors=True, variant=variant), where
+    )
+
+
+def _part_of(file: Path) -> Callable[[Path, str, Any], nn.Module]:
+    """How a network of diffusers is read from a single file."""
+
+    def read(folder: Path, name: str, kind: Any) -> nn.Module:
+        _network_part(folder, name, kind)
+        return _loaded(
+            lambda: kind.from_single_file(str(file), config=str(folder), subfolder=name, local_files_only=True), file
+        )
+
+    return read
+
+
+def _text_part_of(file: Path) -> Callable[[Path, str, Any], nn.Module]:
+    """How a text encoder is read from a single file."""
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+    from safetensors.torch import load_file
+
+    def read(folder: Path, name: str, kind: Any) -> nn.Module:
+        _network_part(folder, name, kind)
+        return _loaded(
+            lambda: create_diffusers_clip_model_from_ldm(
+                kind, load_file(file), subfolder=name, config=str(folder), local_files_only=True
+            ),
+            file,
+        )
+
+    return read
 
 
 def _scheduler(folder: Path, diffusers: Any) -> Any:

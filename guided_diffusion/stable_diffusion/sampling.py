@@ -48,7 +48,10 @@ PRESETS = {
 class StableDiffusionConfig(RunConfig):
     """Stable Diffusion"""
 
-    model: str = option("", "local folder of diffusers' format (unet, vae, text_encoder, …)", path=True)
+    model: str = option("", "local folder of diffusers' format (unet, vae, …), or one .safetensors file", path=True)
+    model_config: str = option(
+        "", "for one file: folder of diffusers' format with configurations, tokenizer and scheduler", path=True
+    )
     prompt: str = option("", "what to make pictures of")
     prompts: str = option("", "file of prompts instead, one a line", path=True)
     negative_prompt: str = option("", "what the unconditional pass of classifier-free guidance is given")
@@ -178,7 +181,7 @@ class StableDiffusionSampler:
 
     @property
     def name(self) -> str:
-        return Path(self.config.model).name
+        return Path(self.config.model).name.removesuffix(".safetensors")
 
     @property
     def num_samples(self) -> int:
