@@ -168,13 +168,13 @@ def single_file(path):
     """The golden model as one file of the original format."""
     tensors = {}
     model = golden_model()
+    last = len(model.vae.config.block_out_channels) - 1
     for name, value in model.unet.state_dict().items():
         tensors[f"model.diffusion_model.{_original_unet_name(name)}"] = value
     for name, value in model.vae.state_dict().items():
         for new, old in VAE.items():
             name = name.replace(new, old)
-        levels = len(model.vae.config.block_out_channels)
-        name = re.sub(r"up\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+        name = re.sub(r"up\.(\d)", lambda match: f"up.{last - int(match[1])}", name)
         tensors[f"first_stage_model.{name}"] = value
     for name, value in load_file(DATA / "model" / "text_encoder" / "model.safetensors").items():
         tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value

@@ -83,6 +83,14 @@ def test_images_go_round_the_prompts(flags, tmp_path):
     assert np.abs(images[1].astype(int) - cat[1]).max() > 1
 
 
+def test_a_single_file_makes_what_its_folder_makes(flags, tmp_path):
+    run(SCRIPT, **flags | {"compare": 0})
+    file = latents.single_file(tmp_path / "tiny.safetensors")
+    run(SCRIPT, **flags | {"compare": 0, "model": file, "model_config": MODEL, "out_dir": tmp_path / "file"})
+    one, other = samples(flags["out_dir"])[1], samples(tmp_path / "file")[1]
+    assert np.abs(one.astype(int) - other).max() <= 1
+
+
 def test_flags_change_what_they_say(flags, tmp_path, capsys):
     made = {}
     for name, more in {
