@@ -80,11 +80,13 @@ def noise(rows, height, width, seed=0):
 
 
 def randomised(network, seed=1):
+    """Random weights, small enough that a run does not magnify rounding."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
+    for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
-            fan_in = parameter[0].numel()
-            parameter.data = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+            parameter.data = 0.6 * torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+        elif name.endswith("bias"):
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
     return network.eval().requires_grad_(False)
 
 

@@ -98,7 +98,7 @@ def test_xl(folders):
     near(condition["added_cond_kwargs"]["text_embeds"][:1], outputs[1].text_embeds, 1e-6)
     assert not model.encode_negative("", 1, 64, 96)["encoder_hidden_states"].any()
     assert model.encode_negative("dog", 1, 64, 96)["encoder_hidden_states"].any()
-    made_by = sampler(model, height=64, width=96)
+    made_by = sampler(model, height=64, width=96, guidance_scale=2)
     latent, evaluations, _ = samples(made_by, [0, 1])
     assert latent.shape == (2, 4, 8, 12)
     assert evaluations == 9
