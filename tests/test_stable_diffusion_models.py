@@ -121,7 +121,7 @@ def test_sd2_with_a_zero_terminal_snr(folders):
         assert torch.equal(degraded.x_t, first.x_t)
         cond, uncond = both.output
         near(first.output[0], uncond + 7.5 * (cond - uncond), 1e-4)
-        assert (cond - uncond).abs().max() > 0.1
+        assert (cond - uncond).abs().max() > 0.05
         for state in states:
             assert state.x.isfinite().all()
         assert guided.evaluations == 15
