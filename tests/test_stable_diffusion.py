@@ -158,6 +158,17 @@ def test_a_perfect_network_stays_on_its_straight_line(name, spacing, kind):
     assert (state.x - x0).abs().max() < 0.2
 
 
+def test_a_spacing_replaces_the_models_own():
+    model = golden_model()
+    own = choose_scheduler(model.scheduler, "euler", "karras")
+    for spacing, flags in [("exponential", (False, True)), ("trailing", (False, False)), ("", (True, False))]:
+        config = choose_scheduler(own, "dpm++", spacing).config
+        assert (config.use_karras_sigmas, config.use_exponential_sigmas) == flags
+    ancestral = latents.diffusers().KDPM2AncestralDiscreteScheduler.from_config(model.scheduler.config)
+    with pytest.raises(ValueError, match="another noise level than it steps by"):
+        choose_scheduler(ancestral)
+
+
 @pytest.mark.parametrize("name", sorted(STOCHASTIC))
 def test_noise_of_a_sample_is_its_own(name):
     model, scheduler = golden_model(), choose_scheduler(golden_scheduler("v"), name)

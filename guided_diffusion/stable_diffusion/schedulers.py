@@ -37,6 +37,8 @@ SPACINGS: dict[str, dict[str, Any]] = {
     "exponential": {"use_exponential_sigmas": True},
 }
 
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
 PREDICTIONS = {
     "epsilon": ModelMeanType.EPSILON,
     "sample": ModelMeanType.START_X,
@@ -67,11 +69,17 @@ def choose_scheduler(own: Any, name: str = "", spacing: str = "") -> Any:
     if name:
         class_name, settings = SCHEDULERS[name]
         kind = getattr(diffusers, class_name)
-    settings = settings | SPACINGS.get(spacing, {})
     known = inspect.signature(kind).parameters
+    if kind.__name__ == "KDPM2AncestralDiscreteScheduler":
+        raise ValueError(
+            f"scheduler: {kind.__name__} scales the network's input by another noise level than it steps by"
+        )
     if spacing and not SPACINGS[spacing].keys() <= known.keys():
         can = ", ".join(name for name, needs in SPACINGS.items() if needs.keys() <= known.keys())
         raise ValueError(f"spacing: {kind.__name__} has no {spacing}; it has {can}")
+    if spacing:
+        # A spacing of the model's own configuration would win, or be refused beside this one.
+        settings = settings | {flag: False for flag in SIGMAS if flag in known} | SPACINGS[spacing]
     # Latents are not in [−1, 1]; some classes clip unless told.
     if "clip_sample" in known:
         settings = settings | {"clip_sample": False}
