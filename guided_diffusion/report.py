@@ -108,6 +108,15 @@ def equal_cost(results: Mapping[str, Any]) -> list[tuple[float, list[Result]]]:
     ]
 
 
+def add_relative_times(rows: Sequence[dict[str, Any]]) -> None:
+    """The time of each row in units of its group's first row, where times were measured."""
+    first: dict[str, float] = {}
+    for row in rows:
+        if seconds := row["metrics"].get("seconds"):
+            unit = first.setdefault(row["group"], seconds["value"])
+            row["metrics"]["relative_time"] = {"value": seconds["value"] / unit, "error": None}
+
+
 def _introduction(results: Mapping[str, Any]) -> list[str]:
     done = sum(bool(row["metrics"]) for row in results["rows"])
     lines = [

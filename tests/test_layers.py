@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "script_util", "unet", "inspection",
     },
     "page": set(),
+    "timing": {"sampling"},
     "report": {"page"},
     "comparison": {"pictures", "guidance", "samplers", "sampling"},
     "prepare": {"config", "checkpoints", "guidance", "inspection", "sampling", "script_util"},
