@@ -43,7 +43,8 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
     """Head and cells: published | measured ± error | difference for each metric, then how it was measured."""
     metrics = _used(rows)
     published = {name for name in metrics if any(name in row["published"] for row in rows)}
-    distance = next((name for name in DISTANCES if any(name in row["common"] for row in rows)), None)
+    larger = any(row["n"] != common_n for row in rows if row["metrics"])
+    distance = next((name for name in DISTANCES if larger and any(name in row["common"] for row in rows)), None)
     head = [""]
     for name in metrics:
         if name in published:
