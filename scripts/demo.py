@@ -10,6 +10,7 @@ pictures. All flags of image_sample.py work here too:
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,10 @@ REFERENCES = {"train": "training pictures", "held_out": "held-out pictures"}
 
 
 def distances(unguided: str, guided: str, cache: Path) -> list[str]:
-    """Lines about how far two runs are from the pictures of the data set, beside the distances of many samples."""
+    """Lines about how far two runs are from the pictures of the data set, beside the distances of many samples.
+
+    cache: a folder for the features.
+    """
     lines = []
     for reference, title in REFERENCES.items():
         results = {}
@@ -82,6 +86,10 @@ def main() -> None:
     steps = with_guidance.sampler.diffusion.num_timesteps
     pictures.save_png(pictures.comparison(unguided, masks.share, guided, mask), out_dir / "comparison.png")
     change = np.abs(unguided.astype(float) - guided).mean()
+    compared = []
+    if side == 32:
+        with TemporaryDirectory() as cache:
+            compared = distances(str(out_dir / "unguided"), str(out_dir / "guided"), Path(cache))
     lines = [
         f"{sampling.num_samples} samples of {Path(sampling.model_path).name}, {steps} steps, seed {sampling.seed}",
         f"  unguided: {unguided_run['network_evaluations_per_sample']:g} network evaluations each, "
@@ -91,7 +99,7 @@ def main() -> None:
         f"  {chooser} selects {masks.share.mean():.0%} of the pixels; guidance "
         f"changes a pixel by {change:.1f} of 255 on average",
         f"  look at {out_dir / 'comparison.png'}",
-        *(distances(str(out_dir / "unguided"), str(out_dir / "guided"), out_dir / "features") if side == 32 else []),
+        *compared,
         "This small model on few pictures checks the software; it is no evidence about self-attention guidance.",
     ]
     text = "\n".join(lines) + "\n"

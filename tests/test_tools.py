@@ -1,6 +1,7 @@
 """The demo, the upsampler, the inspector and the data maker as a user runs them."""
 
 import json
+import re
 import runpy
 
 import numpy as np
@@ -36,6 +37,10 @@ def test_the_demo_leaves_what_the_readme_says(tmp_path, capsys):
     said = capsys.readouterr().out
     assert (folder / "summary.txt").read_text() in said
     assert "no evidence" in said
+    for name in ("unguided", "guided"):
+        assert said.count(f"  {name} ") >= 2
+        assert re.search(rf"{name} +N = 3 +Fréchet distance [\d.]+ ± [\d.]+", said)
+        assert re.search(rf"{name}, committed +N = 2000 +Fréchet distance [\d.]+ ± [\d.]+, precision", said)
 
 
 def test_the_demo_needs_guidance(capsys, tmp_path):
