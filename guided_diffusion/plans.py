@@ -79,6 +79,10 @@ def _of_type(where: str, value: Any, kind: type | tuple[type, ...], wanted: str)
     return value
 
 
+def _texts(where: str, values: Mapping[str, Any], *keys: str) -> dict[str, str]:
+    return {key: _of_type(f"{where}: {key}", values[key], str, "a text") for key in keys if key in values}
+
+
 def _known(where: str, values: Mapping[str, Any], keys: set[str], needed: set[str]) -> None:
     for key in values:
         if key not in keys:
@@ -112,7 +116,10 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
     _known(where, values, ROW_KEYS, {"name", "label"})
     config = values.get("config", defaults.get("config", []))
     config = [config] if isinstance(config, str) else _of_type(f"{where}: config", config, list, "a list of names")
-    missing = values.get("missing", "")
+    for item in config:
+        _of_type(f"{where}: config", item, str, "a list of names")
+    texts = _texts(where, {"group": "", "reference": "", **defaults, **values}, "label", "group", "reference")
+    texts |= _texts(where, values, "note", "missing", "same_as")
     settings = _of_type(f"{where}: set", values.get("set", {}), dict, "flags")
     published = _of_type(f"{where}: published", values.get("published", {}), dict, "metrics")
     for key, value in published.items():
@@ -120,20 +127,15 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
             raise ValueError(f"{where}: published: wanted some of {', '.join(METRICS + COSTS)}, got {key!r}")
         if value is not None:
             _of_type(f"{where}: published: {key}", value, (int, float), "a number, or null for unknown")
-    if not config and not missing and not values.get("same_as"):
+    if not config and not texts.get("missing") and not texts.get("same_as"):
         raise ValueError(f"{where}: wanted a config, or missing: why there is none; got neither")
     return Row(
         name=name,
-        label=str(values["label"]),
-        group=str(values.get("group", "")),
         config=tuple(_config_path(item, where) for item in config),
         settings={**defaults.get("set", {}), **settings},
         published=published,
-        reference=_reference(values.get("reference", defaults.get("reference", ""))),
         x=None if values.get("x") is None else float(_of_type(f"{where}: x", values["x"], (int, float), "a number")),
-        note=str(values.get("note", "")),
-        missing=str(missing),
-        same_as=str(values.get("same_as", "")),
+        **texts | {"reference": _reference(texts["reference"])},
     )
 
 
@@ -161,7 +163,7 @@ def read_plan(path: str | Path) -> Plan:
         if row.same_as and row.same_as not in {other.name for other in rows if not other.same_as}:
             raise ValueError(f"{where}: row {row.name}: same_as: wanted another row's name, got {row.same_as!r}")
     common_n = _of_type(f"{where}: common_n", values.get("common_n", 0), int, "a number of samples")
-    texts = {key: str(values[key]) for key in ("title", "paper", "note", "features", "pr_dtype") if key in values}
+    texts = _texts(where, values, "title", "paper", "note", "features", "pr_dtype")
     groups = _of_type(f"{where}: groups", values.get("groups", {}), dict, "titles by group")
     groups = {str(key): str(value) for key, value in groups.items()}
     return Plan(name=path.stem, rows=rows, groups=groups, common_n=common_n, **texts)
