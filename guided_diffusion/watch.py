@@ -115,7 +115,14 @@ def _reduced(images: Tensor) -> Tensor:
 
 def columns(thresholds: Sequence[float]) -> list[str]:
     """What each picture of a row of `cells` is."""
-    return ["x̂_0", "score", *(f"mask ψ = {threshold:g}" for threshold in thresholds), "degraded", "|Δ|"]
+    # In letters that Pillow's own font has.
+    return ["x0", "score", *(f"mask psi {threshold:g}" for threshold in thresholds), "degraded", "|difference|"]
+
+
+def shares(look: Look) -> NDArray[np.float64]:
+    """The part of the image that each mask covers, [N, blocks, ψ]."""
+    parts = [[mask.flatten(1).double().mean(dim=1) for mask in block.masks.values()] for block in look.blocks.values()]
+    return torch.stack([torch.stack(of_block, dim=1) for of_block in parts], dim=1).cpu().numpy()
 
 
 def cells(look: Look) -> NDArray[np.uint8]:
@@ -132,17 +139,34 @@ def cells(look: Look) -> NDArray[np.uint8]:
     return np.stack(rows, axis=1)
 
 
-def frame(look_cells: NDArray[np.uint8], blocks: Sequence[str], heads: Sequence[str], title: str) -> NDArray[np.uint8]:
-    """One sample at one step: a row for each block. look_cells: [blocks, columns, h, w, 3]."""
-    return pictures.labelled_grid(look_cells.reshape(-1, *look_cells.shape[2:]), blocks, heads, title)
+def frame(own: NDArray[np.uint8], covered: NDArray, blocks: Sequence[str], heads: Sequence[str], title: str) -> NDArray:
+    """One sample at one step, a row for each block. own: [blocks, columns, h, w, 3]; covered: its `shares`."""
+    rows = [f"{block}: {_percent(parts)}" for block, parts in zip(blocks, covered, strict=True)]
+    return pictures.labelled_grid(own.reshape(-1, *own.shape[2:]), rows, heads, title)
 
 
 def strip(
-    all_cells: NDArray[np.uint8], blocks: Sequence[str], heads: Sequence[str], steps: Sequence[int], title: str
+    own: NDArray[np.uint8],
+    covered: NDArray,
+    blocks: Sequence[str],
+    heads: Sequence[str],
+    steps: Sequence[int],
+    title: str,
 ) -> NDArray[np.uint8]:
-    """One sample, a step a column: x̂_0, then rows for each block. all_cells: [steps, blocks, columns, h, w, 3]."""
-    first = all_cells[:, 0, :1].swapaxes(0, 1)
-    rest = all_cells[:, :, 1:].transpose(1, 2, 0, 3, 4, 5).reshape(-1, len(steps), *all_cells.shape[3:])
-    names = [heads[0], *(f"{block} {head}" for block in blocks for head in heads[1:])]
-    images = np.concatenate([first, rest]).reshape(-1, *all_cells.shape[3:])
+    """One sample, a step a column: x̂_0, then rows for each block. own: [steps, blocks, columns, h, w, 3].
+
+    covered: its `shares` at each step.
+    """
+    first = own[:, 0, :1].swapaxes(0, 1)
+    rest = own[:, :, 1:].transpose(1, 2, 0, 3, 4, 5).reshape(-1, len(steps), *own.shape[3:])
+    names = [heads[0]]
+    for block, parts in zip(blocks, covered.mean(axis=0), strict=True):
+        names += [f"{block} {heads[1]}"]
+        names += [f"{block} {head}: {_percent([part])}" for head, part in zip(heads[2:], parts, strict=False)]
+        names += [f"{block} {head}" for head in heads[2 + len(parts) :]]
+    images = np.concatenate([first, rest]).reshape(-1, *own.shape[3:])
     return pictures.labelled_grid(images, names, [f"t = {step}" for step in steps], title)
+
+
+def _percent(parts: Sequence[float]) -> str:
+    return ", ".join(f"{100 * part:.0f} %" for part in parts)
