@@ -16,5 +16,5 @@ test: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[mpi,test,report]'
+	$(BIN)/pip install -c constraints.txt -e '.[mpi,test,report,stable-diffusion]'
 	touch $@

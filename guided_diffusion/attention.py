@@ -1,12 +1,14 @@
 """Self-attention of the UNet, the score it gives each token, the recorder of that score, and the replacer."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from guided_diffusion.nn import GroupNorm32, zero_module
 
@@ -14,6 +16,16 @@ Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q, k, v, each [N, heads, T, d], to [N, heads, T, d]."""
+
+Listener = Callable[[Tensor, Tensor, tuple[int, int]], None]
+"""Is told queries and keys, [N, heads, T, d] each, and the rows and columns that the T tokens are."""
+
+
+class Attends(Protocol):
+    """A self-attention layer over the pixels of a feature map, of this UNet or of another library's."""
+
+    def listen(self, listener: Listener) -> Sequence[RemovableHandle]:
+        """Have `listener` told at every call of the layer, until the handles are removed."""
 
 
 def split_legacy(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,6 +107,19 @@ class AttentionBlock(nn.Module):
         tokens = x.flatten(2)
         return (tokens + self.proj_out(self.attention(self.qkv(self.norm(tokens))))).reshape(x.shape)
 
+    def listen(self, listener: Listener, split: Split | None = None) -> list[RemovableHandle]:
+        """As `Attends.listen`; `split` reads q, k, v from [N, 3·C, T] in another way than the block itself does."""
+        grid: list[int] = []
+
+        def see(_block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            grid[:] = inputs[0].shape[2:]
+
+        def hear(attention: QKVAttention, inputs: tuple[Tensor], _output: Tensor) -> None:
+            q, k, _ = (split or attention.split)(inputs[0])
+            listener(q, k, tuple(grid))
+
+        return [self.register_forward_pre_hook(see), self.attention.register_forward_hook(hear)]
+
 
 class AttentionPool2d(nn.Module):
     """CLIP's pooling: a mean token attends to all pixels; [N, C, S, S] to [N, out]."""
@@ -127,31 +152,28 @@ def find_block(network: nn.Module, name: str) -> AttentionBlock:
 
 
 @contextmanager
-def record_attention(*blocks: AttentionBlock, split: Split | None = None) -> Iterator[dict[AttentionBlock, Tensor]]:
+def record_attention(*blocks: Attends, split: Split | None = None) -> Iterator[dict[Attends, Tensor]]:
     """Record the attention score of `blocks` during the network calls made inside the `with`.
 
-    Yields a dict that each call of a block fills with its score: [N, T] float32, mean 1 (`attention_score`).
+    Yields a dict that each call of a block fills with its score: [N, h, w] float32, mean 1 (`attention_score`).
     The network's output is not changed, and fused attention stays in use. The hooks are removed on leaving,
-    also by an exception. `split` reads q, k, v from [N, 3·C, T] in another way than the block itself does.
+    also by an exception. `split` is for blocks of this UNet (`AttentionBlock.listen`).
     """
-    scores: dict[AttentionBlock, Tensor] = {}
+    scores: dict[Attends, Tensor] = {}
+    how = {} if split is None else {"split": split}
 
-    def hook_of(block: AttentionBlock):
-        def hook(attention: QKVAttention, inputs: tuple[Tensor], _output: Tensor) -> None:
-            with torch.no_grad():
-                q, k, _ = (split or attention.split)(inputs[0])
-                scores[block] = attention_score(q, k)
+    def listener_of(block: Attends) -> Listener:
+        @torch.no_grad()
+        def listener(q: Tensor, k: Tensor, grid: tuple[int, int]) -> None:
+            scores[block] = attention_score(q, k).unflatten(1, grid)
 
-        return hook
+        return listener
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for block in blocks:
-            handles.append(block.attention.register_forward_hook(hook_of(block)))
+            for handle in block.listen(listener_of(block), **how):
+                stack.enter_context(handle)
         yield scores
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -165,11 +187,7 @@ def replace_attention(*blocks: AttentionBlock, fn: Attend) -> Iterator[None]:
     def hook(attention: QKVAttention, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return fn(*attention.split(inputs[0])).transpose(-1, -2).flatten(1, 2).to(output.dtype)
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for block in blocks:
-            handles.append(block.attention.register_forward_hook(hook))
+            stack.enter_context(block.attention.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,9 +12,6 @@ from guided_diffusion.guidance.masked_blur import MaskedBlur
 from guided_diffusion.samplers import State
 from guided_diffusion.sampling import Sampler
 
-SHOWN = 16
-PANEL_WIDTH = 550
-
 
 class MaskCounter:
     """Watches a run (an observer of `run`) and counts how often each pixel of a sample was in a guidance's mask."""
@@ -59,16 +56,3 @@ def same_noise(sampler: Sampler, count: int) -> SameNoise:
     unguided = made(replace(sampler, guidances=(), cond_fn=None))
     guided = made(sampler, counter)
     return SameNoise(unguided, counter.share if counter else None, guided)
-
-
-def comparison(unguided: NDArray, blurred_share: NDArray, guided: NDArray, mask: str) -> NDArray[np.uint8]:
-    """The first samples as three panels: uint8 [N, H, W, 3], [N, H, W] in [0, 1], uint8 [N, H, W, 3]; mask: a name."""
-    columns = max(1, round(min(len(unguided), SHOWN) ** 0.5))
-    panels = [
-        ("unguided", unguided),
-        (f"{mask} mask (brighter: more steps)", pictures.heat(blurred_share)),
-        ("self-attention guidance", guided),
-    ]
-    return pictures.titled_panels(
-        [(title, pictures.enlarge(pictures.grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels]
-    )

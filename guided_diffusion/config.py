@@ -294,7 +294,8 @@ def parse_args(
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
         hints = typing.get_type_hints(group)
-        for field in dataclasses.fields(group):
+        # A group's own flags come before those it shares with others.
+        for field in sorted(dataclasses.fields(group), key=lambda field: field.name not in group.__annotations__):
             if field.name in without:
                 continue
             is_bool = bool in (hints[field.name], *typing.get_args(hints[field.name]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guided_diffusion.process import ForwardProcess
+from guided_diffusion.process import ForwardProcess, NoiseLevels
 
 Condition = Mapping[str, Any]
 """What the network is conditioned on, by argument name: tensors, rows first (`y`, `low_res`); values that are not
@@ -22,6 +22,8 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
     EPSILON = enum.auto()
+    VELOCITY = enum.auto()
+    """v of Salimans & Ho (2022), on a process of `NoiseLevels`."""
 
 
 class ModelVarType(enum.Enum):
@@ -43,22 +45,27 @@ def _unrestricted(x0: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the network believes at (x_t, t, condition); all of x_t's shape [N, C, H, W], t [N] int64."""
+    """What the network believes at (x_t, t, condition); all of x_t's shape [N, C, H, W], t [N] int64.
 
-    process: ForwardProcess
+    variance: None where the sampler has its own.
+    """
+
+    process: ForwardProcess | NoiseLevels
     x_t: Tensor
     t: Tensor
     condition: Condition
     eps: Tensor
     raw_x0: Tensor
-    variance: Tensor
-    log_variance: Tensor
+    variance: Tensor | None = None
+    log_variance: Tensor | None = None
     restrict: Callable[[Tensor], Tensor] = _unrestricted
     """What makes x̂_0 of the raw one: the user's denoised_fn and the clamp to [−1, 1]."""
     network_mean: Tensor | None = None
     """The posterior mean itself, where the network predicts x_{t−1}."""
     log_prob_grad: Tensor | None = None
     """scale · ∇ log p(y | x_t) of a classifier; every sampler applies it in its own way."""
+    predicts: ModelMeanType = ModelMeanType.EPSILON
+    """What the network's own output is."""
 
     @cached_property
     def x0(self) -> Tensor:
@@ -72,10 +79,30 @@ class Prediction:
             return self.network_mean
         return self.process.q_posterior_mean(self.x0, self.x_t, self.t)
 
-    def with_eps(self, eps: Tensor) -> "Prediction":
-        """The same belief with another ε: x̂_0 and the mean follow it; where ᾱ = 0, x̂_0 is kept."""
-        defined = self.process.at("alphas_cumprod", self.t, self.x_t) > 0
-        raw_x0 = torch.where(defined, self.process.x0_from_eps(self.x_t, self.t, eps), self.raw_x0)
+    @property
+    def output(self) -> Tensor:
+        """The network output that this belief stands for, also where guidance has changed it."""
+        if self.predicts is ModelMeanType.EPSILON:
+            return self.eps
+        if self.predicts is ModelMeanType.START_X:
+            return self.raw_x0
+        if self.predicts is ModelMeanType.VELOCITY:
+            return self.process.velocity(self.raw_x0, self.t, self.eps)
+        return self.network_mean
+
+    def with_output(self, output: Tensor) -> "Prediction":
+        """What would be believed at the same x_t, had the network put out this."""
+        eps, x0, mean = _beliefs(self.predicts, self.process, self.x_t, self.t, output)
+        return replace(self, eps=eps, raw_x0=x0, network_mean=mean)
+
+    def with_eps(self, eps: Tensor, otherwise: Tensor | None = None) -> "Prediction":
+        """The same belief with another ε: x̂_0 and the mean follow it.
+
+        Where ᾱ = 0 and ε says nothing of x̂_0, x̂_0 is `otherwise`, by default kept.
+        """
+        kept = self.raw_x0 if otherwise is None else otherwise
+        defined = self.process.has_signal(self.t, self.x_t)
+        raw_x0 = torch.where(defined, self.process.x0_from_eps(self.x_t, self.t, eps), kept)
         mean = None if self.network_mean is None else self.process.q_posterior_mean(raw_x0, self.x_t, self.t)
         return replace(self, eps=eps, raw_x0=raw_x0, network_mean=mean)
 
@@ -87,6 +114,20 @@ class Prediction:
 
 
 Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]
+
+
+def _beliefs(
+    predicts: ModelMeanType, process: ForwardProcess | NoiseLevels, x_t: Tensor, t: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(ε, x̂_0, posterior mean or None), each straight from a network output at x_t."""
+    if predicts is ModelMeanType.EPSILON:
+        return output, process.x0_from_eps(x_t, t, output), None
+    if predicts is ModelMeanType.VELOCITY:
+        x0, eps = process.from_velocity(x_t, t, output)
+        return eps, x0, None
+    mean = output if predicts is ModelMeanType.PREVIOUS_X else None
+    x0 = output if mean is None else process.x0_from_previous(x_t, t, mean)
+    return process.eps_from_x0(x_t, t, x0), x0, mean
 
 
 def stacked(first: Any, second: Any, rows: int) -> Any:
@@ -109,15 +150,16 @@ class NetworkDenoiser:
     """A network as a Denoiser: reads its output by mean and variance type.
 
     network(x_t, timesteps, **condition) gives [N, C, H, W], or [N, 2C, H, W] where the variance is learned.
+    var_type: None where the sampler has its own variance.
     denoised_fn is applied to x̂_0 before the clamp.
     """
 
     def __init__(
         self,
         network: Callable[..., Tensor],
-        process: ForwardProcess,
+        process: ForwardProcess | NoiseLevels,
         mean_type: ModelMeanType = ModelMeanType.EPSILON,
-        var_type: ModelVarType = ModelVarType.LEARNED_RANGE,
+        var_type: ModelVarType | None = ModelVarType.LEARNED_RANGE,
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
     ):
@@ -134,16 +176,19 @@ class NetworkDenoiser:
     def read(self, output: Tensor, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """The Prediction that a network output stands for."""
         variance, log_variance = self._variance(output, x_t, t)
-        value, mean = output[:, : x_t.shape[1]], None
-        if self.mean_type is ModelMeanType.EPSILON:
-            eps, x0 = value, self.process.x0_from_eps(x_t, t, value)
-        else:
-            x0 = value
-            if self.mean_type is ModelMeanType.PREVIOUS_X:
-                mean, x0 = value, self.process.x0_from_previous(x_t, t, value)
-            eps = self.process.eps_from_x0(x_t, t, x0)
+        eps, x0, mean = _beliefs(self.mean_type, self.process, x_t, t, output[:, : x_t.shape[1]])
         return Prediction(
-            self.process, x_t, t, condition, eps, x0, variance, log_variance, self._restrict, network_mean=mean
+            self.process,
+            x_t,
+            t,
+            condition,
+            eps,
+            x0,
+            variance,
+            log_variance,
+            self._restrict,
+            network_mean=mean,
+            predicts=self.mean_type,
         )
 
     def _restrict(self, x0: Tensor) -> Tensor:
@@ -151,7 +196,9 @@ class NetworkDenoiser:
             x0 = self.denoised_fn(x0)
         return x0.clamp(-1, 1) if self.clip_denoised else x0
 
-    def _variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.var_type is None:
+            return None, None
         channels = x_t.shape[1]
         wanted = 2 * channels if self.var_type.learned else channels
         if output.shape != (x_t.shape[0], wanted, *x_t.shape[2:]):

@@ -72,3 +72,11 @@ class SampleNoise:
         for row, index in zip(rows, self._indices, strict=True):
             generator(self._seed, index, purpose, step).standard_normal(dtype=np.float32, out=row)
         return torch.from_numpy(rows)
+
+
+def torch_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each sample, begun from its own stream, for samplers that draw their noise themselves."""
+    return [
+        torch.Generator().manual_seed(int(generator(seed, index, STEP).integers(2**63, dtype=np.uint64)))
+        for index in indices
+    ]

@@ -12,6 +12,8 @@ from torch import Tensor
 from guided_diffusion.files import write_atomically
 
 WHITE = 255
+SHOWN = 16
+PANEL_WIDTH = 550
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -55,6 +57,19 @@ def titled_panels(panels: Sequence[tuple[str, np.ndarray]], gap: int = 16) -> np
         sheet.paste(Image.fromarray(picture), (left, top))
         left += picture.shape[1] + gap
     return np.asarray(sheet)
+
+
+def comparison(
+    unguided: np.ndarray, blurred_share: np.ndarray, guided: np.ndarray, mask: str = "attention"
+) -> np.ndarray:
+    """The first samples as three panels; [N, H, W, 3] uint8, [N, H, W] in [0, 1], [N, H, W, 3] uint8."""
+    columns = max(1, round(min(len(unguided), SHOWN) ** 0.5))
+    panels = [
+        ("unguided", unguided),
+        (f"{mask} mask (brighter: more steps)", heat(blurred_share)),
+        ("guided" if mask != "attention" else "self-attention guidance", guided),
+    ]
+    return titled_panels([(title, enlarge(grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels])
 
 
 def save_png(picture: np.ndarray, path: str | Path) -> None:

@@ -64,7 +64,23 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> 
     return kept
 
 
-class ForwardProcess:
+class _Tables:
+    """Numbers of every step as numpy tables, and as tensors wherever they are asked for."""
+
+    num_timesteps: int
+
+    def __init__(self):
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+
+    def at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
+        """Row values of the table of that name at steps t, float32, shaped to broadcast over x: [N, 1, …]."""
+        key = (table, t.device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.as_tensor(getattr(self, table), dtype=torch.float32, device=t.device)
+        return self._on_device[key][t].reshape(-1, *[1] * (x.ndim - 1))
+
+
+class ForwardProcess(_Tables):
     """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) on the steps that respacing kept, counted 0 … num_timesteps − 1.
 
     betas: [T] in (0, 1], the original process. kept: original steps to keep (default: all).
@@ -73,6 +89,7 @@ class ForwardProcess:
     """
 
     def __init__(self, betas: np.ndarray, kept: Iterable[int] | None = None, rescale_timesteps: bool = False):
+        super().__init__()
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be a list of numbers in (0, 1]")
@@ -102,14 +119,6 @@ class ForwardProcess:
         self.log_betas = np.log(betas)
         self.fixed_large_variance = np.append(second, betas[1:])
         self.fixed_large_log_variance = np.log(self.fixed_large_variance)
-        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
-
-    def at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
-        """Row values of the table of that name at steps t, float32, shaped to broadcast over x: [N, 1, …]."""
-        key = (table, t.device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.as_tensor(getattr(self, table), dtype=torch.float32, device=t.device)
-        return self._on_device[key][t].reshape(-1, *[1] * (x.ndim - 1))
 
     def network_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told: the original step, [N] int64; float32 scaled to [0, 1000) if it is rescaled."""
@@ -118,6 +127,10 @@ class ForwardProcess:
             self._on_device[key] = torch.tensor(self.timestep_map, device=t.device)
         original = self._on_device[key][t]
         return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+
+    def has_signal(self, t: Tensor, x: Tensor) -> Tensor:
+        """Whether ᾱ_t > 0, so that ε says what x̂_0 is: bool, shaped to broadcast over x."""
+        return self.at("alphas_cumprod", t, x) > 0
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε."""
@@ -140,3 +153,49 @@ class ForwardProcess:
     def x0_from_previous(self, x_t: Tensor, t: Tensor, previous: Tensor) -> Tensor:
         """x̂_0 of which `previous` is the posterior mean."""
         return (previous - self.at("posterior_mean_coef2", t, x_t) * x_t) / self.at("posterior_mean_coef1", t, x_t)
+
+
+class NoiseLevels(_Tables):
+    """q(x_t | x_0) = N(α_t x_0, σ_t² I) at the steps of a sampler, in that sampler's own scale of x.
+
+    alphas, sigmas: [T] each; α² + σ² = 1 in samplers that keep the variance, α = 1 in those that let it grow, α = 0 at
+    a zero terminal SNR. timesteps: [T], what the network is told. Steps are counted as they are left to go: t = T − 1
+    is the first, t = 0 the last.
+    """
+
+    def __init__(self, alphas: np.ndarray, sigmas: np.ndarray, timesteps: Tensor):
+        super().__init__()
+        self.alphas, self.sigmas = (np.asarray(values, dtype=np.float64) for values in (alphas, sigmas))
+        self.norms = np.hypot(self.alphas, self.sigmas)
+        self.timesteps = timesteps
+        self.num_timesteps = len(timesteps)
+
+    def network_timesteps(self, t: Tensor) -> Tensor:
+        """What the network is told, [N] of the dtype of `timesteps`."""
+        return self.timesteps.to(t.device)[t]
+
+    def has_signal(self, t: Tensor, x: Tensor) -> Tensor:
+        """Whether α_t > 0, so that ε says what x̂_0 is: bool, shaped to broadcast over x."""
+        return self.at("alphas", t, x) > 0
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = α_t x_0 + σ_t ε."""
+        return self.at("alphas", t, x0) * x0 + self.at("sigmas", t, x0) * noise
+
+    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x̂_0 = (x_t − σ_t ε) / α_t; not finite where α_t = 0."""
+        return (x_t - self.at("sigmas", t, x_t) * eps) / self.at("alphas", t, x_t)
+
+    def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """ε = (x_t − α_t x̂_0) / σ_t."""
+        return (x_t - self.at("alphas", t, x_t) * x0) / self.at("sigmas", t, x_t)
+
+    def velocity(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """v = (α_t ε − σ_t x̂_0) / √(α_t² + σ_t²) (Salimans & Ho 2022, for any scale of x)."""
+        return (self.at("alphas", t, eps) * eps - self.at("sigmas", t, x0) * x0) / self.at("norms", t, x0)
+
+    def from_velocity(self, x_t: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(x̂_0, ε) of a v at x_t; both are defined for every α_t and σ_t."""
+        alpha, sigma, norm = (self.at(name, t, x_t) for name in ("alphas", "sigmas", "norms"))
+        unit = x_t / norm
+        return (alpha * unit - sigma * v) / norm, (sigma * unit + alpha * v) / norm

@@ -1,6 +1,7 @@
 """A sampling run: shards over the ranks, progress, signals, and the files it leaves."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -11,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 from tqdm import tqdm
 
 import guided_diffusion
@@ -33,24 +35,65 @@ from guided_diffusion.guidance.base import GuidedDenoiser
 from guided_diffusion.parallel import Job
 from guided_diffusion.sample_store import SampleStore, Shard, batches, settings_hash
 from guided_diffusion.samplers import State
-from guided_diffusion.sampling import Sampler, SamplingConfig
+from guided_diffusion.sampling import RunConfig, SamplingConfig
 
 GRID_SAMPLES = 64
 SECONDS_BETWEEN_LINES = 10
-OF_THE_RUN = {"out_dir", "num_samples", "overwrite", "grace", "log_json"}
+OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "grace", "log_json"}
 """Settings that do not change any sample."""
 
-INPUT_FILES = ("model_path", "classifier_path", "base_samples", "sag_mask")
-"""Settings that name a file, or may: its contents count, not its name."""
+INPUT_FILES = (
+    "model_path",
+    "classifier_path",
+    "base_samples",
+    "sag_mask",
+    "model",
+    "model_config",
+    "prompts",
+    "image",
+    "image_mask",
+)
+"""Settings that name a file or a model's folder, or may: its contents count, not its name."""
+
+IN_MODELS = (".json", ".txt", ".safetensors")
+"""The files of a model's folder that count."""
 
 LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig)
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
+
+_numbers = itertools.count()
 
 Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]
 """Is shown every step of every batch: the samples' indices, the state, and the denoiser that knows the guidance."""
 
 
+class AnySampler(Protocol):
+    """What makes sample i, of any kind of model.
+
+    name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
+    condition. num_steps: States of a trajectory.
+    """
+
+    config: RunConfig
+    device: torch.device
+    name: str
+    num_samples: int
+    shape: tuple[int, int, int]
+    labelled: bool
+    num_steps: int
+
+    def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
+        """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
+
+    def images(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [−1, 1] of what the last state holds."""
+
+
 def _file_hash(path: str) -> str:
+    if os.path.isdir(path):
+        # A model's parts are one folder each; what else lies in its folder is not read.
+        files = sorted(file for file in Path(path).glob("*/*") if file.suffix in IN_MODELS)
+        return settings_hash({str(file.relative_to(path)): _file_hash(str(file)) for file in files})
     with open(local_path(path), "rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(2**20):
@@ -69,10 +112,10 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
     return kept | {key: _file_hash(kept[key]) for key in files}
 
 
-def output_folder(config: SamplingConfig, made_of: dict[str, Any]) -> str:
+def output_folder(sampler: AnySampler, made_of: dict[str, Any]) -> str:
     """Where a run writes: --out_dir, else $OPENAI_LOGDIR, else runs/MODEL-HASH."""
-    name = f"{Path(config.model_path).stem}-{settings_hash(made_of)[:8]}"
-    return config.out_dir or os.environ.get("OPENAI_LOGDIR") or join("runs", name)
+    name = f"{sampler.name}-{settings_hash(made_of)[:8]}"
+    return sampler.config.out_dir or os.environ.get("OPENAI_LOGDIR") or join("runs", name)
 
 
 class _Signals:
@@ -151,7 +194,7 @@ class _Progress:
 
 
 def _make_shard(
-    sampler: Sampler, indices: Sequence[int], progress: _Progress, signals: _Signals, observe: Observer | None
+    sampler: AnySampler, indices: Sequence[int], progress: _Progress, signals: _Signals, observe: Observer | None
 ) -> Shard:
     images, labels, evaluations = [], [], 0.0
     for batch in batches(indices, sampler.config.batch_size):
@@ -160,7 +203,7 @@ def _make_shard(
                 observe(batch, state, guided)
             progress.add(len(batch))
             signals.stop_if_asked(shard_is_done=False)
-        images.append(pictures.to_uint8(state.x))
+        images.append(pictures.to_uint8(sampler.images(state.x)))
         evaluations += guided.evaluations * len(batch) / len(indices)
         if (y := state.prediction.condition.get("y")) is not None:
             labels.append(y.cpu().numpy())
@@ -168,7 +211,7 @@ def _make_shard(
 
 
 def run(
-    sampler: Sampler, settings: dict[str, Any], guidance_line: str, job: Job, observe: Observer | None = None
+    sampler: AnySampler, settings: dict[str, Any], guidance_line: str, job: Job, observe: Observer | None = None
 ) -> tuple[SampleStore, dict[str, Any]]:
     """Make all samples that are not there yet, over all ranks, and merge them; returns the store and the manifest.
 
@@ -176,18 +219,19 @@ def run(
     resolved settings), manifest.json and the shards.
     """
     config = sampler.config
-    made_of = json.loads(job.share("identity", json.dumps(identity(settings)) if job.rank == 0 else ""))
+    key = f"run {next(_numbers)}"  # every rank makes the runs of a job in the same order
+    made_of = json.loads(job.share(f"{key}/identity", json.dumps(identity(settings)) if job.rank == 0 else ""))
     store = SampleStore(
-        output_folder(config, made_of),
+        output_folder(sampler, made_of),
         made_of,
-        config.num_samples,
+        sampler.num_samples,
         config.shard_size or config.batch_size,
-        (sampler.side, sampler.side, 3),
-        "y" in sampler.condition_of([0]),
+        sampler.shape,
+        sampler.labelled,
     )
     about = {"guidance": guidance_line, "ranks": job.size, "device": str(sampler.device), "versions": versions()}
     started = time.perf_counter()
-    signals = _Signals(config.grace, job, f"{store.hash}/stopped")
+    signals = _Signals(config.grace, job, f"{key}/stopped")
     with ExitStack() as stack:
         stack.enter_context(signals.handled())
         todo: list[int] = []
@@ -195,24 +239,24 @@ def run(
             with exit_on_bad_input():
                 stack.enter_context(store.lock())
                 todo = _prepare(store, config.overwrite, about, guidance_line)
-        todo = json.loads(job.share(f"{store.hash}/todo", json.dumps(todo)))
+        todo = json.loads(job.share(f"{key}/todo", json.dumps(todo)))
         missing = sum(len(store.indices(number)) for number in todo)
         progress = _Progress(
             job,
-            f"{store.hash}/steps",
-            config.num_samples,
-            config.num_samples - missing,
-            sampler.diffusion.num_timesteps,
+            f"{key}/steps",
+            sampler.num_samples,
+            sampler.num_samples - missing,
+            sampler.num_steps,
             config.log_json,
         )
-        while (turn := job.add(f"{store.hash}/turn") - 1) < len(todo):
+        while (turn := job.add(f"{key}/turn") - 1) < len(todo):
             number = todo[turn]
             shard = _make_shard(sampler, store.indices(number), progress, signals, observe)
             with exit_on_bad_input():
                 store.write(number, shard)
-            job.add(f"{store.hash}/done")
+            job.add(f"{key}/done")
             signals.stop_if_asked(shard_is_done=True)
-        while job.rank == 0 and job.add(f"{store.hash}/done", 0) < len(todo):
+        while job.rank == 0 and job.add(f"{key}/done", 0) < len(todo):
             time.sleep(0.1)
             progress.add(0)
             signals.stop_if_asked(shard_is_done=True)
@@ -224,10 +268,10 @@ def run(
             about["seconds"] = round(time.perf_counter() - started, 3)
             _write_rest(store, settings, about)
             print(
-                f"{missing} samples in {about['seconds']:.1f} s ({config.num_samples - missing} were there), "
+                f"{missing} samples in {about['seconds']:.1f} s ({sampler.num_samples - missing} were there), "
                 f"{about['network_evaluations_per_sample']:g} network evaluations each: {store.samples_path}"
             )
-        job.leave_together(f"{store.hash}/finished")
+        job.leave_together(f"{key}/finished")
     return store, about
 
 
@@ -263,4 +307,4 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
-    }
+    } | {name: sys.modules[name].__version__ for name in ("diffusers", "transformers") if sys.modules.get(name)}

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,20 +30,13 @@ ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """sampling"""
+class RunConfig:
+    """Settings of a run of any kind of model, for groups of flags to extend."""
 
-    model_path: str = option("", "weights of the network: .pt or .safetensors, local or what blobfile opens", path=True)
-    num_samples: int = option(10000, "images to make")
     batch_size: int = option(16, "images at a time")
     shard_size: int = option(
         0, "images per file of the run, the unit of resuming and of the ranks' work; 0: batch_size"
     )
-    labels: str = option("random", "classes: random, none (where the network has a null label), or a list like 0,7,7")
-    balanced_labels: bool = option(False, "equal numbers of every class: sample i has class i modulo num_classes")
-    use_ddim: bool = option(False, "DDIM instead of DDPM; goes with a respacing like ddim25")
-    ddim_eta: float = option(0.0, "η of DDIM: 0 deterministic, 1 as random as DDPM")
-    clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
     seed: int = option(0, "sample i depends on the seed and on i alone, not on batch size")
     out_dir: str = option("", "folder to write to; empty: $OPENAI_LOGDIR, else runs/ and a name made of the settings")
     overwrite: bool = option(False, "delete what an earlier run left in the folder")
@@ -50,18 +44,35 @@ class SamplingConfig:
     log_json: bool = option(False, "progress as JSON lines on stderr, for schedulers")
 
     def __post_init__(self):
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: wanted 1 or more, got {self.batch_size}")
         if self.shard_size < 0 or not self.grace >= 0:
             raise ValueError(f"shard_size, grace: wanted 0 or more, got {self.shard_size}, {self.grace}")
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class SamplingConfig(RunConfig):
+    """sampling"""
+
+    model_path: str = option("", "weights of the network: .pt or .safetensors, local or what blobfile opens", path=True)
+    num_samples: int = option(10000, "images to make")
+    labels: str = option("random", "classes: random, none (where the network has a null label), or a list like 0,7,7")
+    balanced_labels: bool = option(False, "equal numbers of every class: sample i has class i modulo num_classes")
+    use_ddim: bool = option(False, "DDIM instead of DDPM; goes with a respacing like ddim25")
+    ddim_eta: float = option(0.0, "η of DDIM: 0 deterministic, 1 as random as DDPM")
+    clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples: wanted 1 or more, got {self.num_samples}")
         if self.balanced_labels and self.labels != "random":
             raise ValueError("balanced_labels, labels: two ways to choose the classes; give one")
         if not 0 <= self.ddim_eta <= 1:
             raise ValueError(f"ddim_eta: wanted 0 to 1, got {self.ddim_eta}")
         if not self.model_path:
             raise ValueError("model_path: give the weights of the network, or --config configs/emoji.yaml to try")
-        check_seed(self.seed)
 
 
 def unfilled() -> torch.device:
@@ -161,6 +172,30 @@ class Sampler:
     condition_of: ConditionOf = unconditional
     guidances: Sequence[Guidance] = ()
     cond_fn: Callable[..., Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.config.model_path).stem
+
+    @property
+    def num_samples(self) -> int:
+        return self.config.num_samples
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.side, self.side, 3
+
+    @property
+    def labelled(self) -> bool:
+        return "y" in self.condition_of([0])
+
+    @property
+    def num_steps(self) -> int:
+        return self.diffusion.num_timesteps
+
+    def images(self, x: Tensor) -> Tensor:
+        """Samples are images already."""
+        return x
 
     def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
         """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""

@@ -254,12 +254,17 @@ def _masking(config: GuidanceConfig) -> Masking:
     return kinds[config.sag_mask](config.sag_mask_share)
 
 
+def interval_of(guide_interval: str, guide_start: int | None = None) -> Interval:
+    """The guided part of the process that these flags mean."""
+    low_high = _numbers("guide_interval", guide_interval, float)
+    if len(low_high) != 2:
+        raise ValueError(f"guide_interval: wanted lo,hi, got {guide_interval!r}")
+    return Interval(*low_high, start=guide_start)
+
+
 def _when(config: GuidanceConfig) -> dict[str, Any]:
     """The steps at which all guidances of a configuration act."""
-    low_high = _numbers("guide_interval", config.guide_interval, float)
-    if len(low_high) != 2:
-        raise ValueError(f"guide_interval: wanted lo,hi, got {config.guide_interval!r}")
-    return {"interval": Interval(*low_high, start=config.guide_start), "every": config.guide_every}
+    return {"interval": interval_of(config.guide_interval, config.guide_start), "every": config.guide_every}
 
 
 def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:

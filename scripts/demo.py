@@ -16,7 +16,7 @@ import numpy as np
 
 from evaluations.judge import Settings, judge
 from guided_diffusion import pictures
-from guided_diffusion.comparison import MaskCounter, comparison
+from guided_diffusion.comparison import MaskCounter
 from guided_diffusion.config import OtherGuidanceConfig, exit_on_bad_input, parse_args
 from guided_diffusion.files import write_atomically
 from guided_diffusion.parallel import Job, launch
@@ -26,10 +26,6 @@ from guided_diffusion.run import run
 CONFIG = Path(__file__).parent.parent / "configs" / "emoji.yaml"
 MODELS = CONFIG.parent / "models"
 REFERENCES = {"train": "training pictures", "held_out": "held-out pictures"}
-MODELS = CONFIG.parent / "models"
-REFERENCES = {"train": "training pictures", "held_out": "held-out pictures"}
-SHOWN = 16
-PANEL_WIDTH = 550
 
 
 def distances(unguided: str, guided: str, cache: Path) -> list[str]:
@@ -84,7 +80,7 @@ def main() -> None:
     mask = "attention" if by_attention else Path(guidance_config.sag_mask).stem
     chooser = guidance_config.block_name if by_attention else f"the {mask} mask"
     steps = with_guidance.sampler.diffusion.num_timesteps
-    pictures.save_png(comparison(unguided, masks.share, guided, mask), out_dir / "comparison.png")
+    pictures.save_png(pictures.comparison(unguided, masks.share, guided, mask), out_dir / "comparison.png")
     change = np.abs(unguided.astype(float) - guided).mean()
     lines = [
         f"{sampling.num_samples} samples of {Path(sampling.model_path).name}, {steps} steps, seed {sampling.seed}",

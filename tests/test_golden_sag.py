@@ -39,7 +39,7 @@ class Known(Guidance):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WithMasks(Guidance):
-    """Self-attention guidance whose masks [N, T] are given; its own must agree, but for scores next to ψ."""
+    """Self-attention guidance whose masks [N, h, w] are given; its own must agree, but for scores next to ψ."""
 
     sag: SelfAttentionGuidance
     masks: Iterator[torch.Tensor]
@@ -48,8 +48,8 @@ class WithMasks(Guidance):
         return self.sag.record()
 
     def difference(self, step):
-        base, mask = step.base, next(self.masks)
-        score = step.recorded[self][self.sag.block]
+        base, score = step.base, step.recorded[self][self.sag.block]
+        mask = next(self.masks).reshape(score.shape)
         assert ((score[(score > 1) != mask] - 1).abs() < 1e-4).all()
         degraded = self.sag.degrade(base, attention_mask(mask.float(), base.x_t.shape[2:], 0.5))
         return base.eps - step.denoise(degraded, base.t, base.condition).eps
@@ -107,7 +107,7 @@ def test_step_of_the_network(name):
         same_eps = base.with_eps(case.of_step(step, "model_eps"))
         golden.assert_close(same_eps.x0, case.of_step(step, "pred_xstart"))
         score = guided.last_step.recorded[case.guidance][case.guidance.block]
-        assert (score - case.of_step(step, "attn_score")).abs().max() <= 1e-5
+        assert (score.flatten(1) - case.of_step(step, "attn_score")).abs().max() <= 1e-5
         degraded = case.guidance.degrade(base, case.guidance.mask(guided.last_step))
         golden.assert_close(degraded, case.of_step(step, "x_degraded"))
         golden.assert_close(

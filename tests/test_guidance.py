@@ -12,6 +12,7 @@ from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier import classifier_gradient
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
+from guided_diffusion.guidance.smoothed_energy import token_grid
 from guided_diffusion.script_util import create_guidance
 
 SIDE = 16
@@ -120,20 +121,26 @@ def test_what_is_blurred_is_clamped_only_with_clip_denoised(small):
 @pytest.mark.parametrize("side", [4, 6, 7, 8, 12, 14, 24, 32])
 def test_uniform_attention_gives_an_empty_mask(side):
     alike = torch.ones(2, 3, side**2, 8)
-    assert not attention_mask(attention_score(alike, alike), (side, side), 1.0).any()
+    assert not attention_mask(attention_score(alike, alike).unflatten(1, (side, side)), (side, side), 1.0).any()
 
 
 def test_mask_is_upsampled_to_whole_squares():
-    score = torch.zeros(1, 16)
-    score[0, 5] = 2.0  # row 1, column 1 of 4×4
+    score = torch.zeros(1, 4, 4)
+    score[0, 1, 1] = 2.0
     mask = attention_mask(score, (8, 8), 1.0)[0, 0]
     assert mask.nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
 
 
-def test_mask_of_a_wide_image():
-    assert attention_mask(torch.ones(1, 4 * 8), (16, 32), 0.5).shape == (1, 1, 16, 32)
+def test_mask_of_a_map_that_does_not_tile_the_image():
+    score = torch.tensor([[[0.0, 2.0, 0.0], [2.0, 0.0, 0.0]]])
+    mask = attention_mask(score, (3, 5), 1.0)[0, 0]
+    assert mask.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]
+
+
+def test_a_grid_that_is_not_known_must_tile_the_image():
+    assert token_grid(4 * 8, 16, 32) == (4, 8)
     with pytest.raises(ValueError, match="31 tokens does not tile"):
-        attention_mask(torch.ones(1, 31), (16, 32), 0.5)
+        token_grid(31, 16, 32)
 
 
 def test_sigma_zero_is_no_guidance(small):

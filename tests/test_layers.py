@@ -51,6 +51,10 @@ MAY_IMPORT = {
     "report": {"page"},
     "comparison": {"pictures", "guidance", "samplers", "sampling"},
     "prepare": {"config", "checkpoints", "guidance", "inspection", "sampling", "script_util"},
+    "stable_diffusion": {
+        "stable_diffusion", "config", "noise", "pictures", "process", "denoiser", "attention", "guidance", "samplers",
+        "script_util", "sampling",
+    },
     "run": {
         "config", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers", "sampling",
         "__init__",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from guided_diffusion.denoiser import ModelMeanType, ModelVarType, NetworkDenoiser
-from guided_diffusion.process import ForwardProcess, get_named_beta_schedule, space_timesteps
+from guided_diffusion.process import ForwardProcess, NoiseLevels, get_named_beta_schedule, space_timesteps
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 X0 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
@@ -114,7 +114,7 @@ def test_tables_survive_the_meta_device():
     torch.testing.assert_close(rows.flatten(), torch.tensor([0.001, 0.2]))
 
 
-@pytest.mark.parametrize("mean_type", ModelMeanType)
+@pytest.mark.parametrize("mean_type", [kind for kind in ModelMeanType if kind is not ModelMeanType.VELOCITY])
 @pytest.mark.parametrize("var_type", ModelVarType)
 def test_every_parametrisation_says_the_same(mean_type, var_type):
     """A network that knows ε, said as each mean type, gives the same x̂_0, ε and posterior mean."""
@@ -146,6 +146,63 @@ def test_every_parametrisation_says_the_same(mean_type, var_type):
     assert not torch.equal(moved.mean, prediction.mean)
 
 
+LEVELS = {
+    "variance kept": ([0.8, 0.6], [0.6, 0.8]),
+    "variance growing": ([1.0, 1.0], [0.5, 12.0]),
+    "no signal at the first step": ([0.8, 0.0], [0.6, 1.0]),
+}
+
+
+@pytest.mark.parametrize("scale", LEVELS)
+@pytest.mark.parametrize("mean_type", [ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.VELOCITY])
+def test_noise_levels_of_any_scale_say_the_same(scale, mean_type):
+    levels = NoiseLevels(*LEVELS[scale], torch.tensor([1.5, 999.0]))
+    t = torch.tensor([0, 1])
+    x_t = levels.q_sample(X0, t, EPS)
+    alpha, sigma = (torch.tensor(values).reshape(2, 1, 1, 1) for values in LEVELS[scale])
+    torch.testing.assert_close(x_t, alpha * X0 + sigma * EPS)
+    # v of Salimans & Ho, at the level of the same signal-to-noise ratio whose variance is one.
+    angle = torch.atan2(sigma, alpha)
+    v = angle.cos() * EPS - angle.sin() * X0
+    said = {ModelMeanType.EPSILON: EPS, ModelMeanType.START_X: X0, ModelMeanType.VELOCITY: v}[mean_type]
+    told = []
+
+    def network(_x, timesteps):
+        told.append(timesteps.tolist())
+        return said
+
+    prediction = NetworkDenoiser(network, levels, mean_type, None, clip_denoised=False)(x_t, t, {})
+    assert told == [[1.5, 999.0]]
+    assert prediction.variance is None
+    known = levels.has_signal(t, x_t).flatten() | (mean_type is not ModelMeanType.EPSILON)
+    torch.testing.assert_close(prediction.eps, EPS, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prediction.raw_x0[known], X0[known], atol=1e-5, rtol=1e-5)
+    assert known.all() == (mean_type is not ModelMeanType.EPSILON or scale != "no signal at the first step")
+    torch.testing.assert_close(prediction.output[known], said[known], atol=1e-6, rtol=1e-6)
+    other = prediction.with_output(said + 0.1)
+    torch.testing.assert_close(other.output[known], said[known] + 0.1, atol=1e-5, rtol=1e-5)
+    again = levels.q_sample(other.raw_x0, t, other.eps)
+    torch.testing.assert_close(again[known], x_t[known], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mean_type", [ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.PREVIOUS_X])
+def test_a_prediction_tells_the_output_it_stands_for(mean_type):
+    process = ForwardProcess(get_named_beta_schedule("linear", 100))
+    t = torch.tensor([30, 60])
+    x_t = process.q_sample(X0, t, EPS)
+    said = {
+        ModelMeanType.EPSILON: EPS,
+        ModelMeanType.START_X: X0,
+        ModelMeanType.PREVIOUS_X: process.q_posterior_mean(X0, x_t, t),
+    }[mean_type]
+    prediction = NetworkDenoiser(lambda x, steps: said, process, mean_type, ModelVarType.FIXED_LARGE)(x_t, t, {})
+    assert torch.equal(prediction.output, said)
+    other = NetworkDenoiser(lambda x, steps: said + 0.1, process, mean_type, ModelVarType.FIXED_LARGE)(x_t, t, {})
+    moved = prediction.with_output(said + 0.1)
+    for name in ("eps", "raw_x0", "mean"):
+        assert torch.equal(getattr(moved, name), getattr(other, name))
+
+
 def test_where_no_signal_is_left_x0_is_kept():
     """ᾱ = 0 at the last step (zero terminal SNR): ε says nothing of x̂_0 there."""
     process = ForwardProcess(np.array([0.1, 0.5, 1.0]))
@@ -154,6 +211,9 @@ def test_where_no_signal_is_left_x0_is_kept():
     moved = denoiser(process.q_sample(X0, t, EPS), t, {}).with_eps(EPS + 1)
     assert torch.equal(moved.raw_x0[0], X0[0])
     assert not torch.equal(moved.raw_x0[1], X0[1])
+    guided = moved.with_eps(EPS + 1, otherwise=X0 + 2)
+    assert torch.equal(guided.raw_x0[0], X0[0] + 2)
+    assert torch.equal(guided.raw_x0[1], moved.raw_x0[1])
 
 
 def test_a_network_without_variance_is_told_from_one_with():

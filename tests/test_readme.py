@@ -17,7 +17,7 @@ def test_python_blocks_run(monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["samples"].shape == (2, 3, 32, 32)
-    torch.testing.assert_close(names["score"].mean(dim=1), torch.ones(2))
+    torch.testing.assert_close(names["score"].mean(dim=(1, 2)), torch.ones(2))
 
 
 def test_named_files_exist():

@@ -15,7 +15,7 @@ from guided_diffusion.guidance.base import GuidedDenoiser, Interval
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
-from runs import refused, run
+from runs import SCRIPTS, mpiexec, refused, run
 
 PUBLISHED = {"frechet_distance": 100, "recall": None}
 PLAN = {
@@ -212,3 +212,15 @@ def test_equal_cost_leaves_out_what_does_not_compare():
 def test_texts_are_escaped():
     assert "<script>" not in page.table(["<script>"], [["<b>&"]]).replace("<tbody>", "")
     assert "&lt;b&gt;&amp;" in page.table(["x"], [["<b>&"]])
+
+
+def test_ranks_share_every_row(ran, tmp_path):
+    """Two ranks make the rows one after the other, and the same numbers as one process."""
+    script = SCRIPTS / "reproduce.py"
+    process = mpiexec(2, [script, str(ran[1]), "--rows", "off,on", "--out_dir", str(tmp_path / "out")])
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    one, two = rows_of(ran[0]), rows_of(tmp_path / "out")
+    for name in ("off", "on"):
+        for metric, measured in one[name]["metrics"].items():
+            assert two[name]["metrics"][metric]["value"] == pytest.approx(measured["value"], rel=1e-6)

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_diffusion.attention import AttentionBlock
+from guided_diffusion.attention import Attends
 from guided_diffusion.denoiser import Condition, Denoiser, Prediction, stacked
 from guided_diffusion.noise import Samples
-from guided_diffusion.process import ForwardProcess
+from guided_diffusion.process import ForwardProcess, NoiseLevels
 
 NullCondition = Callable[[Condition], Condition]
 """What makes of a condition the one of the unconditional pass: the same keys and shapes."""
@@ -63,7 +63,7 @@ class Guidance(ABC):
         if self.every < 1:
             raise ValueError(f"guide_every: wanted 1 or more, got {self.every}")
 
-    def record(self) -> AbstractContextManager[dict[AttentionBlock, Tensor]]:
+    def record(self) -> AbstractContextManager[dict[Attends, Tensor]]:
         """The recorder to hold open during the shared pass; what it yields comes back as `step.recorded[self]`."""
         return nullcontext({})
 
@@ -74,6 +74,10 @@ class Guidance(ABC):
     @abstractmethod
     def difference(self, step: "Step") -> Tensor:
         """Δ of x_t's shape, without the scale."""
+
+    def x0_difference(self, step: "Step") -> Tensor | float:  # noqa: ARG002
+        """Δ in x̂_0, where the step has ᾱ = 0 and ε says nothing of x̂_0; 0 if the technique knows none."""
+        return 0.0
 
 
 class Step:
@@ -164,7 +168,7 @@ class GuidedDenoiser:
     def __init__(
         self,
         denoiser: Denoiser,
-        process: ForwardProcess,
+        process: ForwardProcess | NoiseLevels,
         guidances: Sequence[Guidance] = (),
         samples: Samples | None = None,
     ):
@@ -187,12 +191,13 @@ class GuidedDenoiser:
         if any(g.uses_base for g in due):
             null = next((asked for g in active if (asked := g.unconditional_by())), None)
         step = self.last_step = Step(self._denoiser, x_t, t, condition, due, null, self._samples)
-        eps = step.conditional.eps
+        eps, x0 = step.conditional.eps, step.conditional.raw_x0
         for guidance in active:
             if guidance in due:
                 self._differences[guidance] = guidance.difference(step)
             self._steps_guided[guidance] += 1
             weight = guidance.scale * inside[guidance].reshape(-1, *[1] * (x_t.ndim - 1))
             eps = eps + weight * self._differences[guidance]
+            x0 = x0 + weight * guidance.x0_difference(step)
         self.evaluations += step.evaluations
-        return step.conditional.with_eps(eps) if active else step.conditional
+        return step.conditional.with_eps(eps, otherwise=x0) if active else step.conditional

@@ -28,6 +28,9 @@ class ClassifierFreeGuidance(Guidance):
     def difference(self, step: Step) -> Tensor:
         return step.conditional.eps - step.base.eps
 
+    def x0_difference(self, step: Step) -> Tensor:
+        return step.conditional.raw_x0 - step.base.raw_x0
+
 
 def null_class(label: int) -> NullCondition:
     """Every row's class `y` becomes the null label."""

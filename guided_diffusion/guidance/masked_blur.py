@@ -17,15 +17,20 @@ class MaskedBlur(Guidance):
     """Δ = ε(x_t) − ε(x̂_t), where x̂_t is x_t blurred under a mask.
 
     blur_sigma: σ in pixels, 0 (identity) to inf (mean pixel). blur_kernel: odd width of the blur's window in pixels,
-    default ⌈3σ⌉ to each side.
+    default ⌈3σ⌉ to each side. space: `eps`, the paper's rule, or `model`: the difference is taken between the network's
+    outputs, whatever they stand for, as if both had been made at x_t (the rule of diffusers' pipeline). For networks
+    that predict ε the two are one.
     """
 
     blur_sigma: float = 3.0
     blur_kernel: int | None = None
+    space: str = "eps"
 
     def __post_init__(self):
         super().__post_init__()
         check_blur(self.blur_sigma, self.blur_kernel)
+        if self.space not in ("eps", "model"):
+            raise ValueError(f"sag_space: wanted eps or model, got {self.space!r}")
 
     @abstractmethod
     def mask(self, step: Step) -> Tensor:
@@ -34,7 +39,8 @@ class MaskedBlur(Guidance):
     def difference(self, step: Step) -> Tensor:
         base = step.base
         degraded = self.degrade(base, self.mask(step))
-        return base.eps - step.denoise(degraded, base.t, base.condition).eps
+        other = step.denoise(degraded, base.t, base.condition)
+        return base.eps - (base.with_output(other.output) if self.space == "model" else other).eps
 
     def blurred(self, base: Prediction) -> Tensor:
         """x̃_0, the blurred x̂_0."""

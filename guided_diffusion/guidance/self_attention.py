@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from guided_diffusion.attention import AttentionBlock, record_attention, split_legacy
+from guided_diffusion.attention import Attends, record_attention, split_legacy
 from guided_diffusion.denoiser import Prediction
 from guided_diffusion.guidance.base import Step
 from guided_diffusion.guidance.masked_blur import MaskedBlur
@@ -26,7 +26,7 @@ class SelfAttentionGuidance(MaskedBlur):
     order, and re-noises the clamped x̂_0 also outside the mask.
     """
 
-    block: AttentionBlock
+    block: Attends
     threshold: float = 1.0
     reference_heads: int | None = None
 
@@ -40,7 +40,7 @@ class SelfAttentionGuidance(MaskedBlur):
         """`corrected` (the paper) or `reference` (the authors' code)."""
         return "corrected" if self.reference_heads is None else "reference"
 
-    def record(self) -> AbstractContextManager[dict[AttentionBlock, Tensor]]:
+    def record(self) -> AbstractContextManager[dict[Attends, Tensor]]:
         if self.reference_heads is None:
             return record_attention(self.block)
         return record_attention(self.block, split=partial(split_legacy, num_heads=self.reference_heads))

@@ -1,13 +1,22 @@
 """Smoothed Energy Guidance (Hong, NeurIPS 2024, arXiv 2408.00760)."""
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from guided_diffusion.guidance.blur import gaussian_blur
-from guided_diffusion.guidance.masks import token_grid
 from guided_diffusion.guidance.replaced_attention import ReplacedAttention
+
+
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a feature map with so many tokens, of an image of height × width."""
+    factor = math.isqrt(height * width // tokens)
+    rows, columns = height // factor, width // factor
+    if rows * columns != tokens:
+        raise ValueError(f"a map of {tokens} tokens does not tile an image of {height}×{width} pixels")
+    return rows, columns
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

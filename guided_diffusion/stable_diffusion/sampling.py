@@ -1,0 +1,277 @@
+"""Stable Diffusion as a sampler of the run's kind: settings, prompts, and sample i."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from guided_diffusion import pictures
+from guided_diffusion.config import option
+from guided_diffusion.denoiser import Condition, NetworkDenoiser
+from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
+from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance
+from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
+from guided_diffusion.noise import SampleNoise, Samples, torch_generators
+from guided_diffusion.process import NoiseLevels
+from guided_diffusion.samplers import State
+from guided_diffusion.sampling import RunConfig
+from guided_diffusion.script_util import interval_of
+from guided_diffusion.stable_diffusion.attention import MIDDLE, find_layer
+from guided_diffusion.stable_diffusion.model import StableDiffusion
+from guided_diffusion.stable_diffusion.network import LatentNetwork
+from guided_diffusion.stable_diffusion.schedulers import (
+    SCHEDULERS,
+    SPACINGS,
+    choose_scheduler,
+    diffuse,
+    mean_type,
+    noise_levels,
+    start,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+PRESETS = {
+    "paper": {"space": "eps", "blur_sigma": 1.0, "blur_kernel": 9, "threshold": 1.0},
+    "diffusers": {"space": "model", "blur_sigma": 1.0, "blur_kernel": 9, "threshold": 1.0},
+}
+"""Hyper-parameters of self-attention guidance: the paper's rule, and that of diffusers' own pipeline."""
+
+
+@dataclass(frozen=True)
+class StableDiffusionConfig(RunConfig):
+    """Stable Diffusion"""
+
+    model: str = option("", "local folder of diffusers' format (unet, vae, …), or one .safetensors file", path=True)
+    model_config: str = option(
+        "", "for one file: folder of diffusers' format with configurations, tokenizer and scheduler", path=True
+    )
+    prompt: str = option("", "what to make pictures of")
+    prompts: str = option("", "file of prompts instead, one a line", path=True)
+    negative_prompt: str = option("", "what the unconditional pass of classifier-free guidance is given")
+    num_images: int = option(1, "images of each prompt; image i is of prompt i, round and round")
+    guidance_scale: float = option(7.5, "classifier-free guidance, 1 + s_c; 1 = off, only --prompt is used")
+    scheduler: str = option("", f"{', '.join(SCHEDULERS)}; empty: the model's own")
+    spacing: str = option("", f"{', '.join(SPACINGS)}; empty: the scheduler's own")
+    steps: int = option(50, "steps of the scheduler; heun and kdpm2 call the network twice a step")
+    height: int = option(0, "pixels; 0: what the model was made for")
+    width: int = option(0, "pixels; 0: what the model was made for")
+    image: str = option("", "picture to paint into, for inpainting models; scaled to height × width", path=True)
+    image_mask: str = option("", "where to paint: white in this picture", path=True)
+    dtype: str = option("float32", f"of the UNet: {', '.join(DTYPES)}")
+    batch_size: int = option(4, "images at a time")
+    compare: int = option(4, "images to show in comparison.png, at the cost of making them twice more; 0: none")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("model: give a local folder of diffusers' format")
+        if self.prompt and self.prompts:
+            raise ValueError("prompt, prompts: two ways to say what to make; give one")
+        for name in ("num_images", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+        for name in ("height", "width", "compare"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        if not np.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale: wanted a finite number, got {self.guidance_scale}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: wanted {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class LatentGuidanceConfig:
+    """self-attention guidance: ε̃ = ε + s (ε(x_t) − ε(x̂_t)), of the unconditional ε where there is one"""
+
+    sag_scale: float = option(0.75, "s; 0 = off")
+    preset: str = option("paper", "what the flags below are that are not given: paper or diffusers (its own pipeline)")
+    sag_block: str = option(MIDDLE, "self-attention layer whose map makes the mask")
+    sag_threshold: float | None = option(None, "ψ: blurred is what gets more attention than ψ times the mean")
+    sag_space: str | None = option(None, "eps: the difference is one of ε; model: of what the network predicts")
+    blur_sigma: float | None = option(None, "σ of the Gaussian blur in latent pixels; 0 = none, inf = the mean")
+    blur_kernel: int | None = option(None, "odd width of the blur's window in latent pixels")
+    guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, t of T network calls are left; 1 is noise")
+    guide_every: int = option(1, "compute the guidance every so many guided steps, and use it again between")
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: wanted {', '.join(PRESETS)}, got {self.preset!r}")
+
+
+def latent_guidance(unet: torch.nn.Module, scale: float, preset: str = "paper", **settings: Any) -> Guidance:
+    """Self-attention guidance for a diffusers UNet: a preset's hyper-parameters, changed by `settings`.
+
+    block: the name of a self-attention layer, by default the middle one; all else as `SelfAttentionGuidance`.
+    """
+    block = find_layer(unet, settings.pop("block", MIDDLE))
+    return SelfAttentionGuidance(scale=scale, block=block, **PRESETS[preset] | settings)
+
+
+def build_latent_guidance(unet: torch.nn.Module, config: LatentGuidanceConfig) -> list[SelfAttentionGuidance]:
+    """The self-attention guidance of a configuration, or none."""
+    if config.sag_scale == 0:
+        return []
+    given = {
+        "threshold": config.sag_threshold,
+        "space": config.sag_space,
+        "blur_sigma": config.blur_sigma,
+        "blur_kernel": config.blur_kernel,
+    }
+    guidance = latent_guidance(
+        unet,
+        config.sag_scale,
+        config.preset,
+        block=config.sag_block,
+        interval=interval_of(config.guide_interval),
+        every=config.guide_every,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return [guidance]
+
+
+def read_prompts(config: StableDiffusionConfig) -> list[str]:
+    """The prompts of --prompt or --prompts; a ValueError if there is none."""
+    if not config.prompts:
+        return [config.prompt]
+    try:
+        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts: {config.prompts}: cannot be read ({type(error).__name__})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts: {config.prompts}: holds no prompt")
+    return prompts
+
+
+def _picture(key: str, path: str, size: tuple[int, int], mode: str) -> Tensor:
+    try:
+        with Image.open(path) as file:
+            picture = np.asarray(file.convert(mode).resize(size), dtype=np.float32) / 255
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{key}: {path}: not a picture that can be read ({type(error).__name__})") from None
+    return torch.from_numpy(picture.reshape(*size[::-1], -1)).permute(2, 0, 1)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class StableDiffusionSampler:
+    """Everything that makes sample i, but i itself (`run.AnySampler`); a ValueError where settings and model clash.
+
+    guidances: beside classifier-free guidance, which is the configuration's.
+    """
+
+    config: StableDiffusionConfig
+    model: StableDiffusion
+    prompts: Sequence[str]
+    guidances: Sequence[Guidance] = ()
+    labelled: bool = False
+
+    def __post_init__(self):
+        # Whatever can be wrong is wrong for every sample: say so before any is made.
+        self.model.latent_shape(*self.shape[:2])
+        self.model.check_prompts([self.config.negative_prompt], "negative_prompt")
+        self.model.check_prompts(self.prompts)
+        _ = self.num_steps, self.inpaint, self.device
+
+    @property
+    def name(self) -> str:
+        return Path(self.config.model).name.removesuffix(".safetensors")
+
+    @property
+    def num_samples(self) -> int:
+        return self.config.num_images * len(self.prompts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.unet.device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        side = self.model.unet.config.sample_size * self.model.factor
+        return self.config.height or side, self.config.width or side, 3
+
+    @cached_property
+    def scheduler(self) -> Any:
+        return choose_scheduler(self.model.scheduler, self.config.scheduler, self.config.spacing)
+
+    @cached_property
+    def levels(self) -> NoiseLevels:
+        return noise_levels(start(self.scheduler, self.config.steps, self.device))
+
+    @property
+    def num_steps(self) -> int:
+        return self.levels.num_timesteps
+
+    @cached_property
+    def inpaint(self) -> Tensor | None:
+        """Mask and masked latents of --image, for inpainting models."""
+        config, size = self.config, self.shape[1::-1]
+        if not self.model.inpaints == bool(config.image) == bool(config.image_mask):
+            kind = "an inpainting model, give both" if self.model.inpaints else "no inpainting model, it takes neither"
+            raise ValueError(f"image, image_mask: {config.model} is {kind}")
+        if not config.image:
+            return None
+        picture = _picture("image", config.image, size, "RGB") * 2 - 1
+        mask = (_picture("image_mask", config.image_mask, size, "L") >= 0.5).float()
+        return self.model.inpainting(picture.to(self.device), mask.to(self.device))
+
+    def condition(self, indices: Sequence[int]) -> tuple[Condition, Condition]:
+        """The UNet's arguments for samples, with their prompts and with the negative one."""
+        prompts = [self.prompts[index % len(self.prompts)] for index in indices]
+        size = self.shape[:2]
+        shared = {} if self.inpaint is None else {"inpaint": self.inpaint.expand(len(indices), -1, -1, -1)}
+        negative = self.model.encode_negative(self.config.negative_prompt, len(indices), *size)
+        return self.model.encode(prompts, *size) | shared, negative | shared
+
+    def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
+        """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
+        config, device = self.config, self.device
+        noise = SampleNoise(config.seed, indices, self.model.latent_shape(*self.shape[:2]), device)
+        condition, negative = self.condition(indices)
+        scheduler = start(self.scheduler, config.steps, device)
+        network = LatentNetwork(self.model.unet, scheduler)
+        denoiser = NetworkDenoiser(network, self.levels, mean_type(scheduler), None, clip_denoised=False)
+        by_prompt = ClassifierFreeGuidance(scale=config.guidance_scale - 1, null=lambda _condition: negative)
+        guidances = [by_prompt, *self.guidances]
+        guided = GuidedDenoiser(denoiser, self.levels, guidances, Samples(config.seed, indices))
+        for state in diffuse(scheduler, guided, noise.x_T(), condition, torch_generators(config.seed, indices)):
+            yield state, guided
+
+    def images(self, x: Tensor) -> Tensor:
+        """The pictures that latents stand for."""
+        return self.model.decode(x)
+
+    def describe(self) -> str:
+        """One line for people: scheduler, calls, and what guides."""
+        config = self.config
+        parts = [f"{type(self.scheduler).__name__}, {self.num_steps} network calls"]
+        parts.append(f"classifier-free guidance: {config.guidance_scale:g}" if config.guidance_scale != 1 else "no CFG")
+        if not self.guidances:
+            return "; ".join([*parts, "self-attention guidance: off"])
+        [sag] = self.guidances
+        steps = int(sag.interval.contains(torch.arange(self.num_steps), self.num_steps).sum())
+        parts.append(
+            f"self-attention guidance: s = {sag.scale:g}, ψ = {sag.threshold:g}, σ = {sag.blur_sigma:g} in "
+            f"{sag.space}, {steps} of {self.num_steps} calls"
+        )
+        return "; ".join(parts)
+
+    def comparison(self, count: int) -> np.ndarray:
+        """The first samples without self-attention guidance, their masks, and with it, as one picture."""
+        [sag] = self.guidances
+        indices, finals, selected, guided_steps = range(count), [], 0.0, 0
+        for sampler in (replace(self, guidances=()), self):
+            for state, guided in sampler.trajectory(indices):
+                if sag in guided.last_step.recorded:
+                    selected = selected + sag.mask(guided.last_step)[:, 0].float()
+                    guided_steps += 1
+            finals.append(pictures.to_uint8(self.images(state.x)))
+        share = (selected / max(1, guided_steps)) + torch.zeros(count, *state.x.shape[2:], device=state.x.device)
+        pixels = share.repeat_interleave(self.model.factor, 1).repeat_interleave(self.model.factor, 2)
+        return pictures.comparison(finals[0], pixels.cpu().numpy(), finals[1])

@@ -1,0 +1,139 @@
+"""diffusers' schedulers: which there are, their noise levels as a process, and sampling with them."""
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guided_diffusion.denoiser import Condition, Denoiser, ModelMeanType
+from guided_diffusion.process import NoiseLevels
+from guided_diffusion.samplers import State
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++_single": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+"""Our names of diffusers' classes, and what of their configuration the name means."""
+
+SPACINGS: dict[str, dict[str, Any]] = {
+    "leading": {"timestep_spacing": "leading"},
+    "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+}
+
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+PREDICTIONS = {
+    "epsilon": ModelMeanType.EPSILON,
+    "sample": ModelMeanType.START_X,
+    "v_prediction": ModelMeanType.VELOCITY,
+}
+
+
+def mean_type(scheduler: Any) -> ModelMeanType:
+    """What the network of this scheduler predicts; a ValueError for kinds that are not diffusion of ε, x_0 or v."""
+    kind = scheduler.config.prediction_type
+    if kind not in PREDICTIONS:
+        raise ValueError(f"scheduler: prediction_type: wanted {', '.join(PREDICTIONS)}, got {kind!r}")
+    return PREDICTIONS[kind]
+
+
+def choose_scheduler(own: Any, name: str = "", spacing: str = "") -> Any:
+    """A scheduler of diffusers for the network that came with the scheduler `own`.
+
+    name: of `SCHEDULERS`, empty for `own`'s class. spacing: of `SPACINGS`, empty for its class's and configuration's.
+    """
+    import diffusers
+
+    if name and name not in SCHEDULERS:
+        raise ValueError(f"scheduler: {name!r} is none of {', '.join(SCHEDULERS)}")
+    if spacing and spacing not in SPACINGS:
+        raise ValueError(f"spacing: {spacing!r} is none of {', '.join(SPACINGS)}")
+    kind, settings = type(own), {}
+    if name:
+        class_name, settings = SCHEDULERS[name]
+        kind = getattr(diffusers, class_name)
+    known = inspect.signature(kind).parameters
+    if kind.__name__ == "KDPM2AncestralDiscreteScheduler":
+        raise ValueError(
+            f"scheduler: {kind.__name__} scales the network's input by another noise level than it steps by"
+        )
+    if spacing and not SPACINGS[spacing].keys() <= known.keys():
+        can = ", ".join(name for name, needs in SPACINGS.items() if needs.keys() <= known.keys())
+        raise ValueError(f"spacing: {kind.__name__} has no {spacing}; it has {can}")
+    if spacing:
+        # A spacing of the model's own configuration would win, or be refused beside this one.
+        settings = settings | {flag: False for flag in SIGMAS if flag in known} | SPACINGS[spacing]
+    # Latents are not in [−1, 1]; some classes clip unless told.
+    if "clip_sample" in known:
+        settings = settings | {"clip_sample": False}
+    return kind.from_config(own.config, **settings)
+
+
+def start(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Any:
+    """A copy of a scheduler, ready for the first of so many steps; a ValueError if it cannot make that many."""
+    fresh = type(scheduler).from_config(scheduler.config)
+    try:
+        fresh.set_timesteps(steps, device=device)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"steps: {type(fresh).__name__} cannot make {steps} steps ({error})") from None
+    if hasattr(fresh, "set_begin_index"):
+        fresh.set_begin_index(0)
+    return fresh
+
+
+def noise_levels(scheduler: Any) -> NoiseLevels:
+    """α and σ at every network call of a scheduler whose timesteps are set: how it mixes image and noise itself.
+
+    By index, not by timestep: some schedulers call the network twice at a timestep, or round it.
+    """
+    probe = copy.deepcopy(scheduler)
+    probe._step_index = None  # which add_noise would prefer to the index that is asked for
+    image, noise = torch.eye(2, dtype=torch.float64)[:, :, None, None, None]
+    levels = []
+    for index, timestep in enumerate(probe.timesteps):
+        if hasattr(probe, "set_begin_index"):
+            probe.set_begin_index(index)
+        # KDPM2's second call lies between two levels, which its add_noise does not know.
+        if hasattr(probe, "sigmas_interpol") and index % 2:
+            between = probe.sigmas_interpol[index].cpu().double()
+            levels.append(torch.stack([torch.ones_like(between), between]))
+        else:
+            levels.append(probe.add_noise(image, noise, timestep.expand(2)).flatten())
+    alphas, sigmas = torch.stack(levels).flip(0).cpu().numpy().T
+    return NoiseLevels(alphas, sigmas, scheduler.timesteps.flip(0))
+
+
+def diffuse(
+    scheduler: Any, denoiser: Denoiser, x_T: Tensor, condition: Condition, generators: Sequence[torch.Generator]
+) -> Iterator[State]:
+    """Sample with a scheduler that was started: one State for every network call; the last one's x is the sample.
+
+    x_T: standard normal noise [N, C, h, w]. generators: one for each sample, for schedulers that add noise.
+    """
+    takes = inspect.signature(scheduler.step).parameters
+    random = {"generator": list(generators)} if "generator" in takes else {}
+    x = x_T * scheduler.init_noise_sigma
+    left = len(scheduler.timesteps)
+    for timestep in scheduler.timesteps:
+        left -= 1
+        with torch.no_grad():
+            prediction = denoiser(x, torch.full((len(x),), left, device=x.device), condition)
+            x = scheduler.step(prediction.output, timestep, x, return_dict=False, **random)[0]
+        yield State(left, x, prediction)
