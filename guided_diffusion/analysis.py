@@ -12,6 +12,9 @@ from torch import Tensor
 LEAST_PATCH = 8
 """Pixels: a smaller patch tells too few frequencies apart."""
 
+PATCH_NUMBERS = 2**23
+"""Pixels of patches that are looked at together."""
+
 
 @dataclass
 class Mean:
@@ -118,11 +121,13 @@ def log_spectra(images: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     top, left = ((patch - side) // 2 for side in cell)
     padded = F.pad(images, (left, patch - cell[1] - left, top, patch - cell[0] - top), mode="reflect")
     annuli = _annuli(patch).to(images)
-    total = 0.0
-    for channel in range(channels):  # one at a time: patches overlap, so together they are far larger than the image
-        patches = F.unfold(padded[:, channel, None], patch, stride=cell).transpose(1, 2).unflatten(2, (patch, patch))
-        total = total + magnitudes(patches).log1p().flatten(2) @ annuli
-    return total / channels
+    # Patches overlap, so together they are far larger than the images.
+    at_once = max(1, PATCH_NUMBERS // (grid[0] * grid[1] * patch**2))
+    spectra = []
+    for planes in padded.flatten(0, 1)[:, None].split(at_once):
+        patches = F.unfold(planes, patch, stride=cell).transpose(1, 2).unflatten(2, (patch, patch))
+        spectra.append(magnitudes(patches).log1p().flatten(2) @ annuli)
+    return torch.cat(spectra).unflatten(0, (-1, channels)).mean(dim=1)
 
 
 def selected_mean(spectra: Tensor, masks: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What attention masks select on noised images of known content: frequencies (Fig. 11) and objects (Table 9)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +16,11 @@ from guided_diffusion.analysis import (
     patch_side,
     selected_mean,
 )
-from guided_diffusion.attention import AttentionBlock, record_attention
+from guided_diffusion.attention import Attends, record_attention
 from guided_diffusion.denoiser import Condition, Denoiser
-from guided_diffusion.guidance.masks import attention_mask, token_grid, upsampled
+from guided_diffusion.guidance.masks import attention_mask, upsampled
 from guided_diffusion.noise import SampleNoise, Samples
-from guided_diffusion.process import ForwardProcess
-
-
-def score_map(score: Tensor, size: tuple[int, int]) -> Tensor:
-    """A recorded score as the map that it is, [N, h, w]; size: of the network's input."""
-    return score if score.ndim == 3 else score.unflatten(1, token_grid(score.shape[1], *size))
+from guided_diffusion.process import ForwardProcess, NoiseLevels
 
 
 def step_at(fraction: float, num_timesteps: int) -> int:
@@ -44,18 +39,21 @@ class AttentionStudy:
     that of all cells of the same image, the mean over frequencies; curve: the same by frequency; more_excess: excess
     less that of the first threshold. iou, iou_random: of the object with the mask, and with a random choice of as many
     cells of the same map; iou_gain: their difference; iou_centre: with as many cells nearest to the image's middle.
+
+    encode: what x_0 is of images in [−1, 1], for networks of latents.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        process: ForwardProcess,
-        blocks: Mapping[str, AttentionBlock],
+        process: ForwardProcess | NoiseLevels,
+        blocks: Mapping[str, Attends],
         steps: Sequence[int],
         thresholds: Sequence[float],
         seed: int = 0,
+        encode: Callable[[Tensor], Tensor] = lambda images: images,
     ):
-        self._denoiser, self._process, self._seed = denoiser, process, seed
+        self._denoiser, self._process, self._seed, self._encode = denoiser, process, seed, encode
         self.blocks, self.steps, self.thresholds = dict(blocks), list(steps), list(thresholds)
         self.grids: dict[str, tuple[int, int]] = {}
         self.patch = 0
@@ -74,7 +72,7 @@ class AttentionStudy:
     @torch.no_grad()
     def add(self, indices: Sequence[int], levels: Tensor, objects: Tensor | None, condition: Condition) -> None:
         """One batch: images [N, 3, H, W] in levels 0 … 255, their objects, bool [N, 1, H, W], and their condition."""
-        x0 = levels / 127.5 - 1
+        x0 = self._encode(levels / 127.5 - 1)
         noise = SampleNoise(self._seed, indices, x0.shape[1:], x0.device).x_T()
         found: dict[str, list[list[Tensor]]] = {}
         spectra: dict[tuple[int, int], Tensor] = {}
@@ -83,9 +81,8 @@ class AttentionStudy:
             x_t = self._process.q_sample(x0, t, noise)
             with record_attention(*self.blocks.values()) as scores:
                 self._denoiser(x_t, t, condition)
-            maps = {name: score_map(scores[block], x_t.shape[2:]) for name, block in self.blocks.items()}
             if not self.grids:
-                self.grids = {name: tuple(found.shape[1:]) for name, found in maps.items()}
+                self.grids = {name: tuple(scores[block].shape[1:]) for name, block in self.blocks.items()}
                 self.patch = patch_side(min(levels.shape[2:]), self.sizes)
             if not spectra:
                 spectra = {grid: log_spectra(levels, grid, self.patch) for grid in self.sizes}

@@ -101,8 +101,12 @@ def labelled_grid(
 
 
 def save_animation(frames: Sequence[np.ndarray], path: str | Path, milliseconds: int = 500) -> None:
-    """Write pictures [H, W, 3] uint8 of one size as an endless animation, atomically: .gif or .webp."""
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+    """Write pictures [H, W, 3] uint8, smaller ones padded with white, as an endless animation: .gif or .webp."""
+    height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))
+    padding = [((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)) for frame in frames]
+    first, *rest = [
+        Image.fromarray(np.pad(frame, pad, constant_values=WHITE)) for frame, pad in zip(frames, padding, strict=True)
+    ]
     kind = {".gif": "gif", ".webp": "webp"}[Path(path).suffix]
     how = {"lossless": True} if kind == "webp" else {}
     write_atomically(

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guided_diffusion import pictures
-from guided_diffusion.attention import AttentionBlock, record_attention
-from guided_diffusion.attention_study import score_map
+from guided_diffusion.attention import Attends, record_attention
 from guided_diffusion.guidance.base import Guidance, Step
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
@@ -28,8 +27,8 @@ BRIGHTEST = 2.5
 class BlockLook:
     """One attention block at one step: score map [N, h, w] and masks by ψ, [N, 1, H, W] bool.
 
-    degraded, delta: x̂_t and Δ = ε(x_t) − ε(x̂_t) at the first ψ and σ, [N, C, H, W]. change: ‖Δ‖ / ‖ε‖ of each row,
-    [N], by σ at the first ψ.
+    degraded, delta: x̂_t as an image, and Δ = ε(x_t) − ε(x̂_t), at the first ψ and σ, [N, C, H, W].
+    change: ‖Δ‖ / ‖ε‖ of each row, [N], by σ at the first ψ.
     """
 
     score: Tensor
@@ -41,7 +40,7 @@ class BlockLook:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """One step of a batch. x0, blurred: x̂_0 and x̃_0 at the first σ, [N, C, H, W]."""
+    """One step of a batch. x0, blurred: x̂_0 and x̃_0 at the first σ as images, [N, 3, H, W]."""
 
     indices: Sequence[int]
     step: int
@@ -57,30 +56,32 @@ class Watch(Guidance):
     The run stays what it is; where nothing else guides, up to the rounding of x̂_0 → ε → x̂_0.
 
     blocks: by name. steps: the respaced steps that are looked at. thresholds: ψ, blur_sigmas: σ; the first of each is
-    the one that differences are shown for. seen: is given every look. Costs a network pass for each block and σ.
+    the one that differences are shown for. seen: is given every look. images: what is seen of x, for networks of
+    latents. Costs a network pass for each block and σ.
     """
 
-    blocks: Mapping[str, AttentionBlock]
+    blocks: Mapping[str, Attends]
     steps: frozenset[int]
     thresholds: Sequence[float]
     blur_sigmas: Sequence[float]
     seen: Callable[[Look], None]
+    images: Callable[[Tensor], Tensor] = lambda latents: latents
     scale: float = 1.0
 
-    def record(self) -> AbstractContextManager[dict[AttentionBlock, Tensor]]:
+    def record(self) -> AbstractContextManager[dict[Attends, Tensor]]:
         return record_attention(*self.blocks.values())
 
     def difference(self, step: Step) -> Tensor:
         if (at := int(step.base.t[0])) in self.steps:
             looks = {name: self._look(step, block) for name, block in self.blocks.items()}
             blurred = self._guidance(next(iter(self.blocks.values())), self.blur_sigmas[0]).blurred(step.base)
-            self.seen(Look(step.indices, at, step.base.x0, blurred, looks))
+            self.seen(Look(step.indices, at, self.images(step.base.x0), self.images(blurred), looks))
         return torch.zeros_like(step.base.eps)
 
-    def _guidance(self, block: AttentionBlock, sigma: float) -> SelfAttentionGuidance:
+    def _guidance(self, block: Attends, sigma: float) -> SelfAttentionGuidance:
         return SelfAttentionGuidance(scale=1.0, block=block, threshold=self.thresholds[0], blur_sigma=sigma)
 
-    def _look(self, step: Step, block: AttentionBlock) -> BlockLook:
+    def _look(self, step: Step, block: Attends) -> BlockLook:
         base, score, size = step.base, step.recorded[self][block], step.base.x_t.shape[2:]
         masks = {threshold: attention_mask(score, size, threshold) for threshold in self.thresholds}
         inputs = [self._guidance(block, sigma).degrade(base, masks[self.thresholds[0]]) for sigma in self.blur_sigmas]
@@ -89,7 +90,7 @@ class Watch(Guidance):
         change = {
             sigma: delta.flatten(1).norm(dim=1) / norm for sigma, delta in zip(self.blur_sigmas, deltas, strict=True)
         }
-        return BlockLook(score_map(score, size), masks, inputs[0], deltas[0], change)
+        return BlockLook(score, masks, self.images(inputs[0]), deltas[0], change)
 
 
 def magnitude(delta: Tensor) -> Tensor:

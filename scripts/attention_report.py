@@ -6,19 +6,22 @@ content (--data_dir) and measures which frequencies and, with --object_masks, wh
 attention.json, and for each sample strips/NUMBER.png and animations/NUMBER.webp. The embedded model:
 
   python scripts/attention_report.py --config configs/emoji.yaml --data_dir configs/models/emoji32_train.npz \\
-      --object_masks configs/models/emoji32_masks.npz --num_images 371
+      --object_masks configs/models/emoji32_masks.npz --known_images 371
 
 A model of yours, to choose --sag_block and --blur_sigma by:
 
   python scripts/attention_report.py --config configs/adm_imagenet128_cond.yaml --num_samples 8 --data_dir PICTURES
 
-Without --data_dir the known images are the samples of the run.
+Without --data_dir the known images are the samples of the run. Stable Diffusion, whose flags --help then lists:
+
+  python scripts/attention_report.py --model models/sd-1.5 --prompt "a cat" --num_images 4
 """
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,17 +31,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from guided_diffusion import attention_page, pictures, watch
-from guided_diffusion.attention import attention_blocks, find_block
+from guided_diffusion.attention import Attends
 from guided_diffusion.attention_ranking import RULE, Changes, ranking, recommendation
 from guided_diffusion.attention_study import AttentionStudy, step_at
 from guided_diffusion.config import exit_on_bad_input, option, parse_args, parse_value
 from guided_diffusion.files import write_atomically
 from guided_diffusion.known_images import KnownImages
 from guided_diffusion.parallel import launch, start
-from guided_diffusion.prepare import IMAGE_GROUPS, image_run
+from guided_diffusion.prepare import IMAGE_GROUPS
 from guided_diffusion.run import versions
 from guided_diffusion.sampling import Sampler
 from guided_diffusion.scrubber import HOW, sample_looks, scrubber
+from guided_diffusion.stable_diffusion.sampling import (
+    LatentGuidanceConfig,
+    StableDiffusionConfig,
+    StableDiffusionSampler,
+)
+from guided_diffusion.subjects import image_subject, latent_subject
 
 IN_THE_PAGE = 4
 
@@ -61,15 +70,15 @@ class ReportConfig:
         "[N, side, side])",
         path=True,
     )
-    num_images: int = option(0, "known images to use, the first so many; 0: all")
+    known_images: int = option(0, "known images to use, the first so many; 0: all")
     noise_levels: str = option(
         "0.1,0.3,0.5,0.7,0.9", "where known images are noised to: t/T from 0 (image) to 1 (noise)"
     )
 
     def __post_init__(self):
-        if self.shown_steps < 1 or self.num_images < 0:
+        if self.shown_steps < 1 or self.known_images < 0:
             raise ValueError(
-                f"shown_steps, num_images: wanted 1 and 0 or more, got {self.shown_steps}, {self.num_images}"
+                f"shown_steps, known_images: wanted 1 and 0 or more, got {self.shown_steps}, {self.known_images}"
             )
         if self.animation not in ("webp", "gif"):
             raise ValueError(f"animation: wanted webp or gif, got {self.animation!r}")
@@ -127,84 +136,95 @@ class Gallery:
             pictures.save_animation(frames, self._folder / "animations" / f"{name}.{self._config.animation}")
 
 
-def sampled(sampler: Sampler, seen: list[watch.Look], each: Any) -> Iterator[tuple[range, Tensor]]:
-    """The samples of the run batch by batch; `each` is given the looks of a batch."""
-    total, size = sampler.config.num_samples, sampler.config.batch_size
+def chosen_blocks(all_blocks: Mapping[str, Attends], names: str) -> dict[str, Attends]:
+    """The blocks of --blocks."""
+    chosen = list(all_blocks) if names == "all" else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in all_blocks:
+            raise ValueError(f"blocks: no attention block {name!r}; there are: {', '.join(all_blocks) or 'none'}")
+    if not chosen:
+        raise ValueError("blocks: this network has no attention block")
+    return {name: all_blocks[name] for name in chosen}
+
+
+def sampled(sampler: Sampler | StableDiffusionSampler) -> Iterator[tuple[range, Tensor]]:
+    """The last states of the run, batch by batch."""
+    total, size = sampler.num_samples, sampler.config.batch_size
     for first in tqdm(range(0, total, size), desc="samples", unit="batch", disable=None):
         indices = range(first, min(first + size, total))
         for state, _ in sampler.trajectory(indices):
             pass
-        each(seen)
-        seen.clear()
         yield indices, state.x
 
 
 def known(config: ReportConfig, images: KnownImages, size: int) -> Iterator[tuple[range, Tensor, Tensor | None]]:
     """Images and objects batch by batch."""
-    total = min(config.num_images or len(images), len(images))
+    total = min(config.known_images or len(images), len(images))
     for first in tqdm(range(0, total, size), desc="known images", unit="batch", disable=None):
         indices = range(first, min(first + size, total))
         yield indices, *images.read(indices)
 
 
 def main() -> None:
-    config, *run_configs = parse_args(__doc__, (ReportConfig, *IMAGE_GROUPS))
+    latent = any(argument.partition("=")[0] == "--model" for argument in sys.argv[1:])
+    groups = (StableDiffusionConfig, LatentGuidanceConfig) if latent else IMAGE_GROUPS
+    config, *run_configs = parse_args(__doc__, (ReportConfig, *groups))
     job = start()
-    folder = Path(run_configs[0].out_dir or "runs/attention")
     with exit_on_bad_input():
-        prepared = image_run(run_configs, job.device)
-        sampler, guidance = prepared.sampler, run_configs[1]
-        network, process = sampler.network, sampler.diffusion.process
-        blocks = attention_blocks(network)
-        if config.blocks != "all":
-            blocks = {name: find_block(network, name) for name in config.blocks.split(",")}
-        if not blocks:
-            raise ValueError(f"model_path: {run_configs[0].model_path}: this network has no attention block")
-        images = KnownImages(config.data_dir, config.object_masks, sampler.side) if config.data_dir else None
-        sigmas = config.sigmas(guidance.blur_sigma)
-        shown = np.linspace(process.num_timesteps - 1, 0, min(config.shown_steps, process.num_timesteps)).round()
-        seen: list[watch.Look] = []
-        watching = watch.Watch(
-            blocks=blocks, steps=frozenset(map(int, shown)), thresholds=config.psi, blur_sigmas=sigmas, seen=seen.append
-        )
-        steps = sorted({step_at(level, process.num_timesteps) for level in config.levels})
-        denoiser = sampler.diffusion.denoiser(network, sampler.config.clip_denoised)
-        study = AttentionStudy(denoiser, process, blocks, steps, config.psi, sampler.config.seed)
-        changes = Changes(list(blocks), sigmas)
-        gallery = Gallery(folder, config, blocks, sigmas[0], process.num_timesteps)
+        subject = latent_subject(*run_configs, job.device) if latent else image_subject(run_configs, job.device)
+        sampler, count = subject.sampler, subject.sampler.num_steps
+        blocks = chosen_blocks(subject.blocks, config.blocks)
+        height, width, _ = sampler.shape
+        if config.data_dir and height != width:
+            raise ValueError(f"data_dir: known images are squares, the model makes {height}×{width}")
+        images = KnownImages(config.data_dir, config.object_masks, height) if config.data_dir else None
+        sigmas = config.sigmas(subject.blur_sigma)
+    folder = Path(sampler.config.out_dir or "runs/attention")
+    shown = np.linspace(count - 1, 0, min(config.shown_steps, count)).round()
+    seen: list[watch.Look] = []
+    watching = watch.Watch(
+        blocks=blocks,
+        steps=frozenset(map(int, shown)),
+        thresholds=config.psi,
+        blur_sigmas=sigmas,
+        seen=seen.append,
+        images=sampler.images,
+    )
+    steps = sorted({step_at(level, count) for level in config.levels})
+    study = AttentionStudy(
+        subject.denoiser, subject.process, blocks, steps, config.psi, sampler.config.seed, subject.encode
+    )
+    changes = Changes(list(blocks), sigmas)
+    gallery = Gallery(folder, config, blocks, sigmas[0], count)
 
-    def each(looks: list[watch.Look]) -> None:
-        changes.add(looks)
-        gallery.add(looks)
-
-    def condition(indices: range) -> dict[str, Tensor]:
-        return {name: rows.to(job.device) for name, rows in sampler.condition_of(indices).items()}
-
-    watched = replace(sampler, guidances=(*sampler.guidances, watching))
-    for indices, x in sampled(watched, seen, each):
+    for indices, x in sampled(subject.watched(watching)):
+        changes.add(seen)
+        gallery.add(seen)
+        seen.clear()
         if images is None:
-            study.add(indices, ((x + 1) * 127.5).clamp(0, 255), None, condition(indices))
+            levels = ((sampler.images(x) + 1) * 127.5).clamp(0, 255)
+            study.add(indices, levels, None, subject.condition(indices))
     if images is not None:
         with exit_on_bad_input():
             for indices, levels, objects in known(config, images, sampler.config.batch_size):
                 objects = None if objects is None else objects.to(job.device)
-                study.add(indices, levels.to(job.device), objects, condition(indices))
+                study.add(indices, levels.to(job.device), objects, subject.condition(indices))
 
     found, change = study.results(), changes.results()
     ranked = ranking(found, change)
     advice = recommendation(ranked, change)
     results = {
-        "title": f"What {Path(sampler.config.model_path).stem} attends to",
-        "model": Path(sampler.config.model_path).name,
+        "title": f"What {sampler.name} attends to",
+        "model": sampler.name,
         "images": f"{Path(config.data_dir).name} at --data_dir" if images else "samples of the run itself",
         "objects": images is not None and images.has_objects,
-        "guidance_of_the_run": prepared.guidance_line,
+        "guidance_of_the_run": subject.guidance_line,
         "seed": sampler.config.seed,
         "recommendation": advice,
         "rule": RULE,
         "ranking": ranked,
         "change": {
-            "samples": sampler.config.num_samples,
+            "samples": sampler.num_samples,
             "steps": sorted(watching.steps),
             "threshold": config.psi[0],
             "blocks": change,
@@ -215,7 +235,7 @@ def main() -> None:
     }
     grids = {name: study.grids[name] for name in blocks}
     looks = scrubber(
-        gallery.in_the_page, grids, sorted(watching.steps, reverse=True), process.num_timesteps,
+        gallery.in_the_page, grids, sorted(watching.steps, reverse=True), count,
         config.psi[0], sigmas[0], advice["sag_block"],
     )  # fmt: skip
     texts = {

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "analysis": set(),
     "known_images": {"files", "training"},
     "attention_study": {"analysis", "process", "denoiser", "attention", "guidance", "noise"},
-    "watch": {"pictures", "attention", "guidance", "attention_study"},
+    "watch": {"pictures", "attention", "guidance"},
     "scrubber": {"pictures", "guidance", "watch"},
     "attention_ranking": {"analysis", "attention_study", "watch"},
     "attention_page": {"page", "report"},
@@ -54,6 +54,9 @@ MAY_IMPORT = {
     "stable_diffusion": {
         "stable_diffusion", "config", "noise", "pictures", "process", "denoiser", "attention", "guidance", "samplers",
         "script_util", "sampling",
+    },
+    "subjects": {
+        "attention", "denoiser", "guidance", "prepare", "process", "sampling", "stable_diffusion",
     },
     "run": {
         "config", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers", "sampling",
