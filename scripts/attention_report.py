@@ -36,6 +36,7 @@ from guided_diffusion.attention_ranking import RULE, Changes, ranking, recommend
 from guided_diffusion.attention_study import AttentionStudy, step_at
 from guided_diffusion.config import exit_on_bad_input, option, parse_args, parse_value
 from guided_diffusion.files import write_atomically
+from guided_diffusion.guidance.blur import check_blur
 from guided_diffusion.known_images import KnownImages
 from guided_diffusion.parallel import launch, start
 from guided_diffusion.prepare import IMAGE_GROUPS
@@ -101,7 +102,10 @@ class ReportConfig:
         """The values of σ, that of the guidance or the first given one first."""
         given = _numbers("blur_sigmas", self.blur_sigmas) if self.blur_sigmas else [1, 0.25, 0.5, 2]
         scale = 1 if self.blur_sigmas else of_the_run
-        return list(dict.fromkeys([*(scale * sigma for sigma in given), math.inf]))
+        sigmas = list(dict.fromkeys([*(scale * sigma for sigma in given), math.inf]))
+        for sigma in sigmas:
+            check_blur(sigma, None)
+        return sigmas
 
 
 def _numbers(key: str, text: str) -> list[float]:
