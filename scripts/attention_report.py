@@ -243,7 +243,7 @@ def main() -> None:
         config.psi[0], sigmas[0], advice["sag_block"],
     )  # fmt: skip
     texts = {
-        "attention.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+        "attention.json": json.dumps(results, ensure_ascii=False) + "\n",
         "report.md": attention_page.markdown(results),
         "report.html": attention_page.html(results, looks),
     }
