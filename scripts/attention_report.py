@@ -64,7 +64,12 @@ class ReportConfig:
         "", "values of σ in pixels to compare; inf is always among them; empty: 1, ¼, ½ and 2 times blur_sigma"
     )
     animation: str = option("webp", "what is written over the steps: webp or gif")
-    data_dir: str = option("", "known images: a folder, or an npz with arr_0 (uint8 [N, side, side, 3])", path=True)
+    data_dir: str = option(
+        "",
+        "known images: a folder, or an npz with arr_0 (uint8 [N, side, side, 3]); a network with classes sees image i "
+        "under the class of sample i (labels)",
+        path=True,
+    )
     object_masks: str = option(
         "",
         "where their objects are, 255 inside: a folder of pictures of the same names, or an npz with arr_0 (uint8 "
