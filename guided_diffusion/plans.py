@@ -1,7 +1,7 @@
 """Plans: files that name runs row by row, what is published for each, and what they are measured against."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,11 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
     )
 
 
+def _as(run: Row, row: Row) -> Row:
+    """A row with the run of another one."""
+    return replace(row, config=run.config, settings=run.settings, reference=run.reference)
+
+
 def read_plan(path: str | Path) -> Plan:
     """The plan in a YAML file, or that of a name in configs/tables; a ValueError says what is wrong with it."""
     path = Path(path)
@@ -159,9 +164,11 @@ def read_plan(path: str | Path) -> Plan:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{where}: two rows are called {name!r}")
+    runs = {row.name: row for row in rows if not row.same_as}
     for row in rows:
-        if row.same_as and row.same_as not in {other.name for other in rows if not other.same_as}:
+        if row.same_as and row.same_as not in runs:
             raise ValueError(f"{where}: row {row.name}: same_as: wanted another row's name, got {row.same_as!r}")
+    rows = tuple(_as(runs[row.same_as], row) if row.same_as else row for row in rows)
     common_n = _of_type(f"{where}: common_n", values.get("common_n", 0), int, "a number of samples")
     texts = _texts(where, values, "title", "paper", "note", "features", "pr_dtype")
     groups = _of_type(f"{where}: groups", values.get("groups", {}), dict, "titles by group")

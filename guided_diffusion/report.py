@@ -42,7 +42,8 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
     """Head and cells: published | measured ± error | difference for each metric, then how it was measured."""
     metrics = _used(rows)
     published = {name for name in metrics if any(name in row["published"] for row in rows)}
-    distance = next((name for name in DISTANCES if any(name in row["common"] for row in rows)), None)
+    larger = any(row["n"] != common_n for row in rows if row["metrics"])
+    distance = next((name for name in DISTANCES if larger and any(name in row["common"] for row in rows)), None)
     head = [""]
     for name in metrics:
         if name in published:
@@ -105,6 +106,15 @@ def equal_cost(results: Mapping[str, Any]) -> list[tuple[float, list[Result]]]:
         for cost, rows in sorted(by_cost.items())
         if len(rows) > 1
     ]
+
+
+def add_relative_times(rows: Sequence[dict[str, Any]]) -> None:
+    """The time of each row in units of its group's first row, where times were measured."""
+    first: dict[str, float] = {}
+    for row in rows:
+        if seconds := row["metrics"].get("seconds"):
+            unit = first.setdefault(row["group"], seconds["value"])
+            row["metrics"]["relative_time"] = {"value": seconds["value"] / unit, "error": None}
 
 
 def _introduction(results: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,6 @@ import platform
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -27,6 +26,7 @@ import scipy.linalg
 from evaluations.inception import ConvNorm, Inception
 from evaluations.moments import Moments, frechet_distance
 from evaluations.neighbours import BLOCK, Distances, neighbours
+from guided_diffusion.timing import seconds
 
 import torch  # isort: skip (after evaluations, which sets how its threads wait)
 
@@ -40,15 +40,6 @@ class Row:
     value: float
     unit: str = "×"
     goal: str = ""
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """The time of one call; waits for a GPU."""
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -14,8 +14,7 @@ import fnmatch
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from guided_diffusion.parallel import Job, launch, start
 from guided_diffusion.plans import Plan, Row, read_plan
 from guided_diffusion.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Prepared, classifier_run, image_run
 from guided_diffusion.run import run, versions
+from guided_diffusion.timing import seconds_per_step
 
 SHOWN = 8
 SHOWN_HEIGHT = 320
@@ -94,39 +94,12 @@ def fetch(plan: Plan, names: list[str]) -> None:
                 settings |= read_yaml(path)
             settings |= row.settings
             wanted |= dict.fromkeys(str(settings[key]) for key in FILES if settings.get(key))
-            wanted |= {row.reference: None}
+            wanted |= {row.reference: None} if row.reference else {}
     for address in [address for address in wanted if is_address(address)]:
         try:
             print(f"{address}: {local_path(address)}")
         except ValueError as error:
             raise BadInput(str(error)) from None
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """The time of one call, after one that does not count."""
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def seconds_per_step(prepared: Prepared) -> tuple[float, float]:
-    """One network evaluation, and one classifier gradient, for one image, measured on few images."""
-    sampler = prepared.sampler
-    count = min(sampler.config.batch_size, sampler.config.num_samples, 16 if sampler.device.type == "cpu" else 10**6)
-    if sampler.device.type == "cpu" and sampler.side > 64:
-        count = 1
-    condition = {name: rows.to(sampler.device) for name, rows in sampler.condition_of(range(count)).items()}
-    x = torch.zeros(count, 3, sampler.side, sampler.side, device=sampler.device)
-    t = torch.zeros(count, dtype=torch.int64, device=sampler.device)
-    with torch.no_grad():
-        network = _seconds(lambda: sampler.network(x, t, **condition)) / count
-        classifier = _seconds(lambda: sampler.cond_fn(x, t, **condition)) / count if sampler.cond_fn else 0.0
-    return network, classifier
 
 
 def dry_run(plan: Plan, names: list[str], args: argparse.Namespace, job: Job) -> None:
@@ -143,7 +116,7 @@ def dry_run(plan: Plan, names: list[str], args: argparse.Namespace, job: Job) ->
         sampler = prepared.sampler
         key = (row.config, sampler.config.batch_size, sampler.cond_fn is not None)
         if key not in times:
-            times[key] = seconds_per_step(prepared)
+            times[key] = seconds_per_step(prepared.sampler)
         steps = sampler.diffusion.num_timesteps
         each = evaluations(sampler.guidances, steps)
         seconds = sampler.config.num_samples * (each * times[key][0] + steps * times[key][1]) / job.size
@@ -186,45 +159,57 @@ def _short(argv: list[str]) -> list[str]:
 def measure(
     row: Row, plan: Plan, prepared: Prepared, inception: Path | None, job: Job, ranks: Ranks, before: dict[str, Any]
 ) -> dict[str, Any]:
-    """Sample and evaluate one row; the result on rank 0. before: what an earlier run measured of it."""
+    """Sample and evaluate one row; the result on rank 0. before: what an earlier run measured of it.
+
+    A row without a reference is measured by its cost alone.
+    """
     folder = Path(prepared.sampler.config.out_dir)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     store, about = run(prepared.sampler, prepared.settings, prepared.guidance_line, job)
-
-    def judged(num_samples: int | None) -> dict[str, Any]:
+    n, steps = prepared.sampler.config.num_samples, prepared.sampler.diffusion.num_timesteps
+    found: dict[str, Any] = {"metrics": cost(about, n, before), "common": {}}
+    if row.reference:
         reference = ranks.first(lambda: str(local_path(row.reference)))
-        return judge(
-            Settings(
-                reference,
-                str(folder),
-                plan.features,
-                inception,
-                num_samples=num_samples,
-                pr_dtype=plan.pr_dtype,
-                cache=folder.parent / "features",
-            ),
-            ranks,
+        settings = Settings(
+            reference, str(folder), plan.features, inception, pr_dtype=plan.pr_dtype, cache=folder.parent / "features"
         )
-
-    result = judged(None)
-    n = prepared.sampler.config.num_samples
-    common = judged(plan.common_n) if 0 < plan.common_n < n else result
+        result = judge(settings, ranks)
+        at_common_n = result
+        if 0 < plan.common_n < n:
+            at_common_n = judge(replace(settings, num_samples=plan.common_n), ranks)
+        if ranks.rank:
+            return {}
+        found = {
+            "metrics": result["metrics"],
+            "common": at_common_n["metrics"] if 0 < plan.common_n <= n else {},
+            "not_comparable": result["comparable"]["because"],
+            "weights_sha256": result["provenance"]["weights_sha256"],
+        }
     if ranks.rank:
         return {}
     draw(prepared, folder)
-    made, steps = about["samples_made_now"], prepared.sampler.diffusion.num_timesteps
+    made = about["samples_made_now"]
     return empty(row, "") | {
         "n": n,
-        "metrics": result["metrics"],
-        "common": common["metrics"] if 0 < plan.common_n <= n else {},
-        "not_comparable": result["comparable"]["because"],
+        **found,
         "network_evaluations_per_sample": about["network_evaluations_per_sample"],
         "classifier_gradients_per_sample": steps if prepared.sampler.cond_fn else 0,
         "images_per_s": round(made / about["seconds"], 3) if made else before.get("images_per_s"),
         "guidance": prepared.guidance_line,
         "fidelity": prepared.settings["fidelity"],
         "hash": store.hash,
-        "weights_sha256": result["provenance"]["weights_sha256"],
     }
+
+
+def cost(about: dict[str, Any], n: int, before: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Time of a run that made all its samples at once, and on a GPU its peak memory; else what is known from before."""
+    if about.get("samples_made_now") != n:
+        return before.get("metrics", {})
+    found = {"seconds": {"value": about["seconds"], "error": None}}
+    if torch.cuda.is_available():
+        found["memory_mb"] = {"value": torch.cuda.max_memory_allocated() / 2**20, "error": None}
+    return found
 
 
 def draw(prepared: Prepared, folder: Path) -> None:
@@ -313,6 +298,7 @@ def main() -> None:
             result = done.get(of.name) or found.get(of.name) or empty(row, row.missing or "not yet")
             own = ("name", "label", "group", "x", "note", "same_as", "published")
             rows.append(result | {key: empty(row, "")[key] for key in own})
+        report.add_relative_times(rows)
         return rows
 
     for row in plan.rows:

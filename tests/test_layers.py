@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "scrubber": {"pictures", "guidance", "watch"},
     "attention_ranking": {"analysis", "attention_study", "watch"},
     "attention_page": {"page", "report"},
+    "timing": {"sampling"},
     "report": {"page"},
     "comparison": {"pictures", "guidance", "samplers", "sampling"},
     "prepare": {"config", "checkpoints", "guidance", "inspection", "sampling", "script_util"},

@@ -130,16 +130,16 @@ def test_guidance_of_every_row(plan, row):
 def test_rows_that_say_unguided_are_unguided():
     off = ("s = 0", "unguided", "unguided, 100 steps", "with classes", "no SAG", "no guidance")
     rows = [row for _, row in RUNS if row.label in off]
-    assert len(rows) == 11
+    assert len(rows) == 12
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 
 
 @each_run
 def test_what_varies_is_the_x_of_a_curve(plan, row):
-    flag = {"sigma": "blur_sigma", "psi": "sag_threshold"}.get(row.group, "sag_scale")
+    field = {"sigma": "blur_sigma", "psi": "sag_threshold"}.get(row.group, "scale")
     if row.x is not None:
-        assert row.x == row.settings[flag]
+        assert row.x == getattr(settings_of(row).sag, field)
     assert row.group in PLANS[plan].groups
 
 
@@ -210,7 +210,7 @@ def test_a_row_takes_the_settings_of_its_plan_and_wins(tmp_path):
         ("rows: [", "not YAML ("),
         ("- a list", "wanted keys and values, got ['a list']"),
         ("", "wanted keys and values, got None"),
-        (GOOD | {"colour": 1}, "unknown key 'colour'; wanted some of config, features,"),
+        (GOOD | {"colour": 1}, "unknown key 'colour'; wanted some of common_n, config, features,"),
         ({"rows": []}, "wanted a title, got none"),
         ({"title": "A plan"}, "wanted a rows, got none"),
         (GOOD | {"title": 5}, "title: wanted a text, got 5"),

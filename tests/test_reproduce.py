@@ -214,6 +214,20 @@ def test_texts_are_escaped():
     assert "&lt;b&gt;&amp;" in page.table(["x"], [["<b>&"]])
 
 
+def test_a_plan_without_reference_measures_cost(tmp_path):
+    rows = [{"name": "none", "label": "none", "set": {"sag_scale": 0}},
+            {"name": "sag", "label": "SAG", "published": {"seconds": 186.6, "relative_time": 1.72}}]  # fmt: skip
+    plan = PLAN | {"reference": "", "common_n": 0, "rows": rows}
+    (tmp_path / "cost.yaml").write_text(yaml.safe_dump(plan))
+    for _ in range(2):  # what was made once keeps its time
+        run("reproduce", tmp_path / "cost.yaml", out_dir=tmp_path / "out")
+        found = rows_of(tmp_path / "out")
+        assert found["none"]["metrics"]["relative_time"]["value"] == 1
+        times = [found[name]["metrics"]["seconds"]["value"] for name in ("none", "sag")]
+        assert found["sag"]["metrics"]["relative_time"]["value"] == pytest.approx(times[1] / times[0])
+    assert "1.72" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_ranks_share_every_row(ran, tmp_path):
     """Two ranks make the rows one after the other, and the same numbers as one process."""
     script = SCRIPTS / "reproduce.py"
