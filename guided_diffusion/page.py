@@ -1,8 +1,10 @@
 """Self-contained HTML pages: tables, pictures, and pictures to compare by a slider. Nothing comes from outside."""
 
 import base64
+import io
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -63,6 +65,14 @@ def picture(png: bytes, caption: str) -> str:
     return (
         f'<figure><img src="{_data(png)}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
     )
+
+
+def svg(figure: Any) -> str:
+    """A figure of matplotlib as a picture in the page."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
 
 
 def slider(before: bytes, after: bytes, caption: str) -> str:

@@ -1,5 +1,6 @@
 """Arrays as pictures: grids of samples and rows that compare them."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,3 +75,43 @@ def comparison(
 def save_png(picture: np.ndarray, path: str | Path) -> None:
     """Write [H, W, 3] uint8 as PNG, atomically."""
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
+
+
+def labelled_grid(
+    images: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, least: int = 80, gap: int = 4
+) -> np.ndarray:
+    """[rows · columns, H, W, 3] uint8 as a table with names to the left and above; cells of at least so many pixels."""
+    times = max(1, -(-least // images.shape[2]))
+    images = images.repeat(times, axis=1).repeat(times, axis=2)
+    sheet = grid(images, len(columns), gap)
+    font = ImageFont.load_default(13)
+    left = gap + math.ceil(max(font.getlength(row) for row in rows)) + 2 * gap
+    top = 48
+    whole = Image.new("RGB", (left + sheet.shape[1] + gap, top + sheet.shape[0] + gap), "white")
+    whole.paste(Image.fromarray(sheet), (left, top))
+    draw = ImageDraw.Draw(whole)
+    draw.text((gap, gap), title, fill="black", font=font)
+    for number, row in enumerate(rows):
+        middle = top + number * (images.shape[1] + gap) + images.shape[1] // 2
+        draw.text((gap, middle), row, fill="black", font=font, anchor="lm")
+    for number, column in enumerate(columns):
+        middle = left + number * (images.shape[2] + gap) + images.shape[2] // 2
+        draw.text((middle, top - 3 * gap), column, fill="black", font=font, anchor="mm")
+    return np.asarray(whole)
+
+
+def save_animation(frames: Sequence[np.ndarray], path: str | Path, milliseconds: int = 500) -> None:
+    """Write pictures [H, W, 3] uint8, smaller ones padded with white, as an endless animation: .gif or .webp."""
+    height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))
+    padding = [((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)) for frame in frames]
+    first, *rest = [
+        Image.fromarray(np.pad(frame, pad, constant_values=WHITE)) for frame, pad in zip(frames, padding, strict=True)
+    ]
+    kind = {".gif": "gif", ".webp": "webp"}[Path(path).suffix]
+    how = {"lossless": True} if kind == "webp" else {}
+    write_atomically(
+        path,
+        lambda file: first.save(
+            file, format=kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, **how
+        ),
+    )

@@ -1,6 +1,5 @@
 """A plan's results for people: Markdown, and one self-contained HTML page with curves and pictures to compare."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -143,21 +142,22 @@ def _cost_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     return ["network evaluations", "row", "distance", "N"], rows
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of texts as lines of Markdown."""
+    return [" | ".join(["", *cells, ""]).strip() for cells in (head, ["---"] * len(head), *rows)]
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """The report as text."""
-
-    def lines_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        return [" | ".join(["", *cells, ""]).strip() for cells in (head, ["---"] * len(head), *rows)]
-
     lines = [f"# {results['title']}", ""]
     for text in _introduction(results):
         lines += [text, ""]
     for group, rows in _groups(results).items():
         lines += [f"## {results['groups'].get(group, group)}", ""] if group else []
-        lines += [*lines_of(*group_table(rows, results["common_n"])), ""]
+        lines += [*markdown_table(*group_table(rows, results["common_n"])), ""]
     head, rows = _cost_table(results)
     if rows:
-        lines += ["## At an equal number of network evaluations", "", *lines_of(head, rows), ""]
+        lines += ["## At an equal number of network evaluations", "", *markdown_table(head, rows), ""]
     return "\n".join(lines)
 
 
@@ -175,10 +175,7 @@ def curve(rows: Sequence[Result], title: str) -> str:
     axes.errorbar(x, y, yerr=[point[2]["error"] or 0 for point in points], marker="o", capsize=3)
     axes.set(xlabel=title, ylabel=TITLES[points[0][1]])
     axes.grid(alpha=0.3)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+    return page.svg(figure)
 
 
 def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes | None, bytes]]) -> str:

@@ -41,6 +41,13 @@ MAY_IMPORT = {
         "script_util", "unet", "inspection",
     },
     "page": set(),
+    "analysis": set(),
+    "known_images": {"files", "training"},
+    "attention_study": {"analysis", "process", "denoiser", "attention", "guidance", "noise"},
+    "watch": {"pictures", "attention", "guidance"},
+    "scrubber": {"pictures", "guidance", "watch"},
+    "attention_ranking": {"analysis", "attention_study", "watch"},
+    "attention_page": {"page", "report"},
     "timing": {"sampling"},
     "report": {"page"},
     "comparison": {"pictures", "guidance", "samplers", "sampling"},
@@ -48,6 +55,9 @@ MAY_IMPORT = {
     "stable_diffusion": {
         "stable_diffusion", "config", "noise", "pictures", "process", "denoiser", "attention", "guidance", "samplers",
         "script_util", "sampling",
+    },
+    "subjects": {
+        "attention", "denoiser", "guidance", "prepare", "process", "sampling", "stable_diffusion",
     },
     "run": {
         "config", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers", "sampling",

@@ -98,12 +98,17 @@ class StableDiffusion:
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
     @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [−1, 1] to latents [N, C, h, w], the likeliest ones."""
+        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
     def inpainting(self, picture: Tensor, mask: Tensor) -> Tensor:
         """Mask and latents of the picture without what it covers, [1, 1 + C, h, w], as the UNet takes them.
 
         picture: [1, 3, H, W] in [−1, 1]. mask: [1, 1, H, W], 1 where to paint.
         """
-        kept = self.vae.encode(picture * (1 - mask)).latent_dist.mode() * self.vae.config.scaling_factor
+        kept = self.latents(picture * (1 - mask))
         return torch.cat([F.interpolate(mask, kept.shape[2:], mode="nearest"), kept], dim=1)
 
 
