@@ -251,3 +251,19 @@ def test_a_folder_is_no_plan(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ValueError, match="not YAML"):
         read_plan(tmp_path / "folder.yaml")
+
+
+def test_the_readme_quotes_the_committed_results():
+    """Each row of the embedded model's table in the README stands so in configs/tables/results/demo.json."""
+    results = json.loads((TABLES / "results" / "demo.json").read_text())
+    text = (TABLES.parent.parent / "README.md").read_text()
+    measured = [row for row in results["rows"] if row["metrics"] and not row["same_as"]]
+    assert len(measured) >= 9
+    for row in measured:
+        distance = row["common"]["frechet_distance"]
+        line = f"| {row['label']} | {distance['value']:.2f} ± {distance['error']:.2f} |"
+        assert line in text, line
+    runs = [row for row in results["rows"] if not row["same_as"]]
+    assert f"{len(measured)} of its {len(runs)} runs are done" in text
+    # The results are of the plan as it is.
+    assert [row["name"] for row in results["rows"]] == [row.name for row in PLANS["demo"].rows]
