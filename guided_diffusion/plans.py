@@ -171,6 +171,9 @@ def read_plan(path: str | Path) -> Plan:
     rows = tuple(_as(runs[row.same_as], row) if row.same_as else row for row in rows)
     common_n = _of_type(f"{where}: common_n", values.get("common_n", 0), int, "a number of samples")
     texts = _texts(where, values, "title", "paper", "note", "features", "pr_dtype")
+    for key, known in (("features", ("inception", "emoji")), ("pr_dtype", ("fp32", "fp16"))):
+        if texts.get(key, known[0]) not in known:
+            raise ValueError(f"{where}: {key}: wanted {' or '.join(known)}, got {texts[key]!r}")
     groups = _of_type(f"{where}: groups", values.get("groups", {}), dict, "titles by group")
     groups = {str(key): str(value) for key, value in groups.items()}
     return Plan(name=path.stem, rows=rows, groups=groups, common_n=common_n, **texts)

@@ -230,6 +230,8 @@ def test_a_row_takes_the_settings_of_its_plan_and_wins(tmp_path):
         (with_row(reference=5), "row one: reference: wanted a text, got 5"),
         (with_row(set="seed"), "row one: set: wanted flags, got 'seed'"),
         (with_row(x="one"), "row one: x: wanted a number, got 'one'"),
+        ({**GOOD, "features": "vgg"}, "features: wanted inception or emoji, got 'vgg'"),
+        ({**GOOD, "pr_dtype": "bf16"}, "pr_dtype: wanted fp32 or fp16, got 'bf16'"),
         (with_row(published={"fdi": 1}), "row one: published: wanted some of fid, sfid, "),
         (with_row(published={"fid": "5.98"}), "row one: published: fid: wanted a number, or null for unknown, got"),
         (with_row(published={"fid": True}), "row one: published: fid: wanted a number, or null for unknown, got True"),
