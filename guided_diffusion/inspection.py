@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from guided_diffusion.config import ClassifierConfig, NetworkConfig
 from guided_diffusion.script_util import CHANNEL_MULTS
+from guided_diffusion.settings import ClassifierConfig, NetworkConfig
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoints import load_into
-from guided_diffusion.config import (
-    ClassifierConfig,
-    DiffusionConfig,
-    GuidanceConfig,
-    NetworkConfig,
-    OtherGuidanceConfig,
-    option,
-)
+from guided_diffusion.config import option
 from guided_diffusion.guidance.classifier import classifier_gradient
 from guided_diffusion.inspection import wrong_flags
 from guided_diffusion.sampling import (
@@ -31,6 +24,13 @@ from guided_diffusion.sampling import (
     unfilled,
 )
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_network
+from guided_diffusion.settings import (
+    ClassifierConfig,
+    DiffusionConfig,
+    GuidanceConfig,
+    NetworkConfig,
+    OtherGuidanceConfig,
+)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,7 @@ from tqdm import tqdm
 
 import guided_diffusion
 from guided_diffusion import pictures
-from guided_diffusion.config import (
-    ClassifierConfig,
-    GuidanceConfig,
-    OtherGuidanceConfig,
-    exit_on_bad_input,
-    later_defaults,
-)
+from guided_diffusion.config import exit_on_bad_input, later_defaults
 from guided_diffusion.fetch import local_path
 from guided_diffusion.files import join, write_atomically
 from guided_diffusion.guidance.base import GuidedDenoiser
@@ -36,6 +30,7 @@ from guided_diffusion.parallel import Job
 from guided_diffusion.sample_store import SampleStore, Shard, batches, settings_hash
 from guided_diffusion.samplers import State
 from guided_diffusion.sampling import RunConfig, SamplingConfig
+from guided_diffusion.settings import ClassifierConfig, GuidanceConfig, OtherGuidanceConfig
 
 GRID_SAMPLES = 64
 SECONDS_BETWEEN_LINES = 10

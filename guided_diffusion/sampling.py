@@ -14,7 +14,7 @@ from torch import Tensor
 
 from guided_diffusion import samplers
 from guided_diffusion.checkpoints import load_into
-from guided_diffusion.config import GuidanceConfig, NetworkConfig, OtherGuidanceConfig, is_path, option
+from guided_diffusion.config import is_path, option
 from guided_diffusion.files import is_address, read_arrays
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
 from guided_diffusion.guidance.classifier import with_classifier
@@ -23,6 +23,7 @@ from guided_diffusion.noise import SampleNoise, Samples, check_seed, sample_labe
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import State
 from guided_diffusion.script_util import build_guidance, build_other_guidances
+from guided_diffusion.settings import GuidanceConfig, NetworkConfig, OtherGuidanceConfig
 from guided_diffusion.unet import UNetModel
 
 ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]

@@ -8,16 +8,7 @@ import numpy as np
 import torch
 
 from guided_diffusion.attention import AttentionBlock, find_block
-from guided_diffusion.config import (
-    NUM_CLASSES,
-    ClassifierConfig,
-    DiffusionConfig,
-    GuidanceConfig,
-    NetworkConfig,
-    OtherGuidanceConfig,
-    merge,
-    parse_value,
-)
+from guided_diffusion.config import merge, parse_value
 from guided_diffusion.denoiser import ModelMeanType, ModelVarType
 from guided_diffusion.files import read_arrays
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
@@ -36,6 +27,14 @@ from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuid
 from guided_diffusion.guidance.self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import SmoothedEnergyGuidance
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.settings import (
+    NUM_CLASSES,
+    ClassifierConfig,
+    DiffusionConfig,
+    GuidanceConfig,
+    NetworkConfig,
+    OtherGuidanceConfig,
+)
 from guided_diffusion.training.losses import LossType
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, exit_on_bad_input, parse_args
+from guided_diffusion.config import exit_on_bad_input, parse_args
 from guided_diffusion.files import write_atomically
 from guided_diffusion.parallel import launch, start
 from guided_diffusion.sampling import resolved
 from guided_diffusion.script_util import build_classifier, build_diffusion
+from guided_diffusion.settings import ClassifierConfig, DiffusionConfig, NetworkConfig
 from guided_diffusion.training.classifier import ClassifierLoop, ClassifierTrainingConfig, accuracy_by_noise
 from guided_diffusion.training.data import ImageFolder, load_data
 from guided_diffusion.training.trainer import seed_torch

@@ -18,11 +18,12 @@ import numpy as np
 from evaluations.judge import Settings, judge
 from guided_diffusion import pictures
 from guided_diffusion.comparison import MaskCounter
-from guided_diffusion.config import OtherGuidanceConfig, exit_on_bad_input, parse_args
+from guided_diffusion.config import exit_on_bad_input, parse_args
 from guided_diffusion.files import write_atomically
 from guided_diffusion.parallel import Job, launch
 from guided_diffusion.prepare import IMAGE_GROUPS, image_run
 from guided_diffusion.run import run
+from guided_diffusion.settings import OtherGuidanceConfig
 
 CONFIG = Path(__file__).parent.parent / "configs" / "emoji.yaml"
 MODELS = CONFIG.parent / "models"

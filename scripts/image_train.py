@@ -13,11 +13,12 @@ from pathlib import Path
 
 import yaml
 
-from guided_diffusion.config import DiffusionConfig, NetworkConfig, exit_on_bad_input, parse_args
+from guided_diffusion.config import exit_on_bad_input, parse_args
 from guided_diffusion.files import write_atomically
 from guided_diffusion.parallel import launch, start
 from guided_diffusion.sampling import resolved
 from guided_diffusion.script_util import build_diffusion, build_network
+from guided_diffusion.settings import DiffusionConfig, NetworkConfig
 from guided_diffusion.training.data import class_names, list_image_files, load_data
 from guided_diffusion.training.loop import TrainingConfig, TrainLoop
 from guided_diffusion.training.trainer import seed_torch

@@ -8,7 +8,7 @@ labels), which are used round and round. Writes samples_NxHxWx3.npz, grid.png, c
 
 from dataclasses import asdict, dataclass
 
-from guided_diffusion.config import DiffusionConfig, NetworkConfig, exit_on_bad_input, option, parse_args
+from guided_diffusion.config import exit_on_bad_input, option, parse_args
 from guided_diffusion.parallel import launch, start
 from guided_diffusion.run import run
 from guided_diffusion.sampling import (
@@ -20,6 +20,7 @@ from guided_diffusion.sampling import (
     unfilled,
 )
 from guided_diffusion.script_util import sr_create_model_and_diffusion
+from guided_diffusion.settings import DiffusionConfig, NetworkConfig
 
 NOT_HERE = ("image_size", "channel_mult", "labels", "balanced_labels")
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from guided_diffusion.checkpoints import load_into
-from guided_diffusion.config import ClassifierConfig, read_yaml
+from guided_diffusion.config import read_yaml
 from guided_diffusion.process import ForwardProcess, get_named_beta_schedule
 from guided_diffusion.script_util import build_classifier, create_gaussian_diffusion, create_model_and_diffusion
+from guided_diffusion.settings import ClassifierConfig
 from guided_diffusion.training.classifier import ClassifierLoop, ClassifierTrainingConfig, accuracy_by_noise
 from runs import refused, run
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from golden import flags
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, merge
+from guided_diffusion.config import merge
 from guided_diffusion.script_util import build_classifier, build_network, sr_create_model_and_diffusion
+from guided_diffusion.settings import ClassifierConfig, DiffusionConfig, NetworkConfig
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [line for line in (ROOT / "tests" / "commands.txt").read_text().splitlines() if line and line[0] != "#"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from guided_diffusion.config import BadInput, DiffusionConfig, GuidanceConfig, NetworkConfig, merge, option, parse_args
+from guided_diffusion.config import BadInput, merge, option, parse_args
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_guidance,
@@ -12,6 +12,7 @@ from guided_diffusion.script_util import (
     sag_defaults,
     sr_model_and_diffusion_defaults,
 )
+from guided_diffusion.settings import DiffusionConfig, GuidanceConfig, NetworkConfig
 
 GROUPS = (NetworkConfig, DiffusionConfig, GuidanceConfig)
 

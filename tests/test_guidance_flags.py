@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import SMALL, randomised
-from guided_diffusion.config import ClassifierConfig
 from guided_diffusion.script_util import build_classifier, create_model_and_diffusion
+from guided_diffusion.settings import ClassifierConfig
 from runs import refused, run
 
 CLASSES = {"class_cond": True, "num_classes": 4, "null_label": True}

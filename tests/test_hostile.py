@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from guided_diffusion.checkpoints import load_state_dict
-from guided_diffusion.config import GuidanceConfig, NetworkConfig, merge, read_yaml
+from guided_diffusion.config import merge, read_yaml
 from guided_diffusion.sample_store import SampleStore
 from guided_diffusion.sampling import base_condition
+from guided_diffusion.settings import GuidanceConfig, NetworkConfig
 
 STATE = {"weight": torch.arange(40.0).reshape(8, 5), "bias": torch.ones(8)}
 IMAGES = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)

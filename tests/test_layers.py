@@ -12,6 +12,7 @@ PACKAGE = ROOT / "guided_diffusion"
 MAY_IMPORT = {
     "__init__": set(),
     "config": set(),
+    "settings": {"config"},
     "nn": set(),
     "process": set(),
     "noise": set(),
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "sample_store": {"files"},
     "parallel": {"config"},
     "dist_util": {"parallel", "checkpoints"},
-    "inspection": {"config", "script_util"},
+    "inspection": {"settings", "script_util"},
     "pictures": {"files"},
     "denoiser": {"process"},
     "attention": {"nn"},
@@ -33,11 +34,11 @@ MAY_IMPORT = {
     "gaussian_diffusion": {"process", "denoiser", "guidance", "samplers", "training"},
     "respace": {"process", "gaussian_diffusion"},
     "script_util": {
-        "config", "files", "process", "denoiser", "attention", "unet", "guidance", "training", "gaussian_diffusion",
-        "respace",
+        "config", "settings", "files", "process", "denoiser", "attention", "unet", "guidance", "training",
+        "gaussian_diffusion", "respace",
     },
     "sampling": {
-        "config", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "respace",
+        "config", "settings", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "respace",
         "script_util", "unet", "inspection",
     },
     "page": set(),
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "timing": {"sampling"},
     "report": {"page"},
     "comparison": {"pictures", "guidance", "samplers", "sampling"},
-    "prepare": {"config", "checkpoints", "guidance", "inspection", "sampling", "script_util"},
+    "prepare": {"config", "settings", "checkpoints", "guidance", "inspection", "sampling", "script_util"},
     "stable_diffusion": {
         "stable_diffusion", "config", "noise", "pictures", "process", "denoiser", "attention", "guidance", "samplers",
         "script_util", "sampling",
@@ -60,8 +61,8 @@ MAY_IMPORT = {
         "attention", "denoiser", "guidance", "prepare", "process", "sampling", "stable_diffusion",
     },
     "run": {
-        "config", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers", "sampling",
-        "__init__",
+        "config", "settings", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers",
+        "sampling", "__init__",
     },
 }  # fmt: skip
 

@@ -9,9 +9,10 @@ import torch
 import yaml
 
 from guided_diffusion.attention import find_block
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, GuidanceConfig, NetworkConfig, merge, read_yaml
+from guided_diffusion.config import merge, read_yaml
 from guided_diffusion.inspection import inspect, wrong_flags
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_network, sr_create_model_and_diffusion
+from guided_diffusion.settings import ClassifierConfig, DiffusionConfig, GuidanceConfig, NetworkConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PUBLISHED = json.loads(gzip.decompress((Path(__file__).parent / "data" / "published_tensors.json.gz").read_bytes()))

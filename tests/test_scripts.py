@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from conftest import randomised
-from guided_diffusion.config import ClassifierConfig
 from guided_diffusion.script_util import build_classifier, create_model_and_diffusion
+from guided_diffusion.settings import ClassifierConfig
 from guided_diffusion.unet import _say_no_fp16
 from runs import refused, run
 
