@@ -24,7 +24,7 @@ from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import State
 from guided_diffusion.script_util import build_guidance, build_other_guidances
 from guided_diffusion.settings import GuidanceConfig, NetworkConfig, OtherGuidanceConfig
-from guided_diffusion.unet import UNetModel
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
 """The condition of samples by their indices, rows first, on the CPU."""
@@ -63,6 +63,9 @@ class SamplingConfig(RunConfig):
     use_ddim: bool = option(False, "DDIM instead of DDPM; goes with a respacing like ddim25")
     ddim_eta: float = option(0.0, "η of DDIM: 0 deterministic, 1 as random as DDPM")
     clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
+    compile: bool = option(
+        False, "compile the residual blocks: minutes at the start; meant for GPUs, no faster on a CPU", later=True
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,16 +84,22 @@ def unfilled() -> torch.device:
     return torch.device("meta")
 
 
-def ready(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> None:
-    """Fill a network (built on the meta device) from `path` and make it ready to sample on the device.
-
-    A ValueError names the flags that do not fit the file.
-    """
+def fill(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> None:
+    """Fill a network (built on the meta device) from `path`; a ValueError names the flags that do not fit the file."""
     explain = partial(wrong_flags, network=config, image_size=network.image_size, learn_sigma=learn_sigma)
     load_into(network, path, device, explain)
+
+
+def make_ready(network: UNetModel | EncoderUNetModel, use_fp16: bool, compiled: bool = False) -> None:
+    """Make a filled network ready to be called: without gradients, in the dtype and memory layout it runs best in."""
     network.eval().requires_grad_(False)
-    if config.use_fp16:
+    if use_fp16:
         network.convert_to_fp16()
+    if next(network.parameters()).device.type == "cpu":
+        # Not on a GPU, whose group norm copies everything back.
+        network.to(memory_format=torch.channels_last)
+    if compiled:
+        network.compile_blocks()
 
 
 def choose_labels(labels: str, seed: int, indices: Sequence[int], num_classes: int, null_label: bool) -> Tensor:
