@@ -34,7 +34,11 @@ ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
 class RunConfig:
     """Settings of a run of any kind of model, for groups of flags to extend."""
 
-    batch_size: int = option(16, "images at a time")
+    batch_size: int | None = option(
+        16,
+        "images at a time; auto: what is fastest and fits, found before the first shard and kept when resumed",
+        words={"auto": None},
+    )
     shard_size: int = option(
         0, "images per file of the run, the unit of resuming and of the ranks' work; 0: batch_size"
     )
@@ -45,7 +49,7 @@ class RunConfig:
     log_json: bool = option(False, "progress as JSON lines on stderr, for schedulers")
 
     def __post_init__(self):
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size: wanted 1 or more, got {self.batch_size}")
         if self.shard_size < 0 or not self.grace >= 0:
             raise ValueError(f"shard_size, grace: wanted 0 or more, got {self.shard_size}, {self.grace}")

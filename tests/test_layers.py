@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "attention_ranking": {"analysis", "attention_study", "watch"},
     "attention_page": {"page", "report"},
     "timing": {"sampling"},
+    "batching": {"config", "guidance", "parallel", "sample_store", "sampling", "timing"},
     "report": {"page"},
     "comparison": {"pictures", "guidance", "samplers", "sampling"},
     "prepare": {"config", "settings", "checkpoints", "guidance", "inspection", "sampling", "script_util"},
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     },
     "run": {
         "config", "settings", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers",
-        "sampling", "__init__",
+        "sampling", "batching", "__init__",
     },
 }  # fmt: skip
 
