@@ -64,6 +64,12 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> 
     return kept
 
 
+def half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """λ = log(α/σ) of ᾱ, float64: ∞ for an image (ᾱ = 1), −∞ for noise alone (ᾱ = 0)."""
+    with np.errstate(divide="ignore"):
+        return (np.log(alphas_cumprod) - np.log1p(-np.asarray(alphas_cumprod))) / 2
+
+
 class _Tables:
     """Numbers of every step as numpy tables, and as tensors wherever they are asked for."""
 
