@@ -101,7 +101,7 @@ def dpm_solver_2m(
     noise: Noise,
     stochastic: bool = False,
 ) -> Iterator[State]:
-    """DPM-Solver++(2M) from x_T, [N, C, H, W] (Lu et al. 2022, Algorithm 2): one State a step, its x the sample at last.
+    """DPM-Solver++(2M) from x_T, [N, C, H, W] (Lu et al. 2022, Algorithm 2).
 
     stochastic: SDE-DPM-Solver++(2M) of the same paper; noise is asked for only then.
     """
