@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "unet": {"nn", "attention"},
     "guidance": {"guidance", "process", "denoiser", "attention", "noise"},
     "samplers": {"process", "denoiser"},
-    "training": {"training", "process", "denoiser", "nn", "attention", "unet", "config", "checkpoints"},
+    "training": {"training", "process", "denoiser", "nn", "attention", "unet", "config", "checkpoints", "noise"},
     "gaussian_diffusion": {"process", "denoiser", "guidance", "samplers", "training"},
     "respace": {"process", "gaussian_diffusion"},
     "script_util": {
