@@ -9,7 +9,6 @@ command goes on where it stopped. Example:
 """
 
 import json
-import random
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -60,7 +59,6 @@ def main() -> None:
     device = start().device
     with exit_on_bad_input():
         seed_torch(training.seed)
-        random.seed(training.seed)
         network = build_classifier(image_size, classifier_config, num_classes).to(device)
         folders = [training.data_dir] + ([training.val_data_dir] if training.val_data_dir else [])
         names = [ImageFolder(folder, image_size, True, False, False).class_names for folder in folders]
@@ -76,6 +74,8 @@ def main() -> None:
                 class_cond=True,
                 random_crop=training.random_crop,
                 random_flip=training.random_flip,
+                num_workers=training.num_workers,
+                seed=training.seed,
             )
             for folder in folders
         ]

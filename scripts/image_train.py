@@ -7,7 +7,6 @@ Everything is written to --out_dir; the same command goes on where it stopped. E
 """
 
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -29,9 +28,8 @@ def main() -> None:
     device = start().device
     with exit_on_bad_input():
         seed_torch(training.seed)
-        random.seed(training.seed)
-        classes = class_names(list_image_files(training.data_dir))
-        if network_config.class_cond and len(classes) > network_config.num_classes:
+        classes = class_names(list_image_files(training.data_dir)) if network_config.class_cond else []
+        if len(classes) > network_config.num_classes:
             raise ValueError(f"num_classes: {network_config.num_classes}, but data_dir has {len(classes)} classes")
         network = build_network(network_config, diffusion_config.learn_sigma).to(device)
         data = load_data(
@@ -41,6 +39,8 @@ def main() -> None:
             class_cond=network_config.class_cond,
             random_crop=training.random_crop,
             random_flip=training.random_flip,
+            num_workers=training.num_workers,
+            seed=training.seed,
         )
         has_null = network_config.class_cond and network_config.null_label
         loop = TrainLoop(

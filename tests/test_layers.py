@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "guidance": {"guidance", "process", "denoiser", "attention", "noise"},
     "samplers": {"process", "denoiser"},
     "solvers": {"process", "denoiser", "samplers"},
-    "training": {"training", "process", "denoiser", "nn", "attention", "unet", "config", "checkpoints"},
+    "training": {"training", "process", "denoiser", "nn", "attention", "unet", "config", "checkpoints", "noise"},
     "gaussian_diffusion": {"process", "denoiser", "guidance", "samplers", "training"},
     "respace": {"process", "gaussian_diffusion"},
     "script_util": {
@@ -65,6 +65,9 @@ MAY_IMPORT = {
     "run": {
         "config", "settings", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers",
         "sampling", "batching", "__init__",
+    },
+    "likelihood": {
+        "config", "files", "noise", "parallel", "sample_store", "denoiser", "respace", "training", "run",
     },
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ class TrainerConfig(ABC):
     schedule_sampler: str = option("uniform", "timesteps to train on: uniform or loss-second-moment")
     random_crop: bool = option(False, "crop at a random place and scale")
     random_flip: bool = option(True, "mirror half of the images")
+    num_workers: int = option(0, "threads that read images ahead; no image depends on it")
     bf16: bool = option(False, "bfloat16 autocast (CPU or GPU); the network's fp16 flag: float16, on a GPU only")
     fp16_scale_growth: float = option(1e-3, "with float16: log2 of the loss scale's growth per step")
     log_interval: int = option(50, "steps between lines of the log")
