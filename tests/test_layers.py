@@ -30,7 +30,10 @@ MAY_IMPORT = {
     "unet": {"nn", "attention"},
     "guidance": {"guidance", "process", "denoiser", "attention", "noise"},
     "samplers": {"process", "denoiser"},
-    "training": {"training", "process", "denoiser", "nn", "attention", "unet", "config", "checkpoints"},
+    "training": {
+        "training", "process", "denoiser", "nn", "attention", "unet", "config", "files", "checkpoints", "noise",
+        "parallel",
+    },
     "gaussian_diffusion": {"process", "denoiser", "guidance", "samplers", "training"},
     "respace": {"process", "gaussian_diffusion"},
     "script_util": {
@@ -59,6 +62,9 @@ MAY_IMPORT = {
     },
     "subjects": {
         "attention", "denoiser", "guidance", "prepare", "process", "sampling", "stable_diffusion",
+    },
+    "training_run": {
+        "config", "settings", "files", "noise", "parallel", "pictures", "script_util", "training",
     },
     "run": {
         "config", "settings", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers",
