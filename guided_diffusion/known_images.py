@@ -1,16 +1,16 @@
 """Images of known content for an analysis, and the masks of their objects: folders of pictures, or npz files."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from guided_diffusion.files import read_arrays
-from guided_diffusion.training.data import center_crop, list_image_files
+from guided_diffusion.training.data import center_crop, list_image_files, read_picture
 
 OPAQUE = 128
 """The least value of an object mask that counts as object."""
@@ -62,11 +62,7 @@ class KnownImages:
         return levels, torch.from_numpy(opacity >= OPAQUE)[:, None]
 
     def _picture(self, path: Path, mode: str) -> NDArray[np.uint8]:
-        try:
-            with Image.open(path) as file:
-                return np.asarray(center_crop(file.convert(mode), self._side))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a picture that can be read ({type(error).__name__})") from None
+        return read_picture(path, partial(center_crop, size=self._side), mode)
 
     def _named_alike(self, path: str, objects: str) -> list[Path]:
         if path.endswith(".npz"):

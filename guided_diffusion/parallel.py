@@ -169,10 +169,9 @@ def launch(main: Callable[[], None]) -> None:
         code = error.code if isinstance(error, SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
         first = os.environ.get("RANK", os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == "0"
         if isinstance(error, BadInput):
-            if first:
-                sys.stderr.write(f"error: {error.message}\n")
-            else:
-                time.sleep(1)  # rank 0 says it for all
+            if not first:
+                time.sleep(1)  # rank 0 says it for all; where it did, this process is no more
+            sys.stderr.write(f"error: {error.message}\n")
         if code in (None, 0) or _mpi is None or _mpi.COMM_WORLD.size == 1:
             if isinstance(error, KeyboardInterrupt):
                 sys.stderr.write("interrupted\n")

@@ -61,6 +61,18 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
+class SuperResolutionConfig:
+    """super-resolution"""
+
+    large_size: int = option(256, "side of the images to make")
+    small_size: int = option(64, "side of the images to begin with")
+
+
+OF_OTHER_SIZES = ("image_size", "channel_mult")
+"""Settings of networks that follow from large_size in super-resolution."""
+
+
+@dataclass(frozen=True)
 class ClassifierConfig:
     """noisy-image classifier (as its checkpoint was trained)"""
 

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 
 from guided_diffusion import pictures
 from guided_diffusion.config import BadInput
+from guided_diffusion.denoiser import Condition
 from guided_diffusion.files import write_atomically
 from guided_diffusion.noise import SampleNoise
 from guided_diffusion.parallel import Job
 from guided_diffusion.script_util import build_diffusion
-from guided_diffusion.settings import DiffusionConfig
-from guided_diffusion.training.data import load_data
+from guided_diffusion.settings import DiffusionConfig, NetworkConfig
+from guided_diffusion.training.data import class_names, list_image_files, load_data
 from guided_diffusion.training.trainer import Batches, Trainer, TrainerConfig
 
 SAMPLES = 16
@@ -43,10 +43,17 @@ def batches_of(training: TrainerConfig, folder: str, image_size: int, class_cond
     )
 
 
-def check_classes(classes: Sequence[str], num_classes: int) -> None:
-    """Raise a ValueError if a folder has more classes than the network."""
-    if len(classes) > num_classes:
-        raise ValueError(f"num_classes: {num_classes}, but data_dir has {len(classes)} classes")
+def classes_of(data_dir: str, network: NetworkConfig) -> list[str]:
+    """The classes of a folder for a network that takes any; a ValueError if they are more than the network's."""
+    classes = class_names(list_image_files(data_dir)) if network.class_cond else []
+    if len(classes) > network.num_classes:
+        raise ValueError(f"num_classes: {network.num_classes}, but data_dir has {len(classes)} classes")
+    return classes
+
+
+def null_label(network: NetworkConfig) -> int | None:
+    """What a dropped label becomes, None where the network has no label for it."""
+    return network.num_classes if network.class_cond and network.null_label else None
 
 
 def write_description(out_dir: str, settings: dict[str, Any], classes: Sequence[str]) -> None:
@@ -74,18 +81,15 @@ def run(loop: Trainer) -> None:
 
 
 def sample_grid(
-    network: nn.Module, path: Path, *, diffusion: DiffusionConfig, image_size: int, classes: int, seed: int
+    network: nn.Module, path: Path, *, diffusion: DiffusionConfig, image_size: int, condition: Condition, seed: int
 ) -> None:
-    """Write a grid of DDIM samples of a network, always of the same noise and, with classes, of 0, 1, 2, … in turn.
-
-    classes: how many there are, 0 for none.
-    """
+    """Write a grid of 16 DDIM samples of a network under a condition, always of the same noise."""
     respaced = build_diffusion(
         replace(diffusion, timestep_respacing=str(min(SAMPLING_STEPS, diffusion.diffusion_steps)))
     )
     device = next(network.parameters()).device
     x_T = SampleNoise(seed, range(SAMPLES), (3, image_size, image_size), device).x_T()
-    condition = {"y": torch.arange(SAMPLES, device=device) % classes} if classes else {}
+    condition = {name: values.to(device) for name, values in condition.items()}
     x0 = respaced.ddim_sample_loop(network, x_T.shape, noise=x_T, model_kwargs=condition)
     grid = pictures.grid(pictures.to_uint8(x0), round(SAMPLES**0.5))
     pictures.save_png(pictures.enlarge(grid, SAMPLES_WIDTH), path)

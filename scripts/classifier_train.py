@@ -9,7 +9,7 @@ command goes on where it stopped. Several ranks: mpiexec or torchrun, as for ima
 """
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -21,7 +21,7 @@ from guided_diffusion.script_util import build_classifier, build_diffusion
 from guided_diffusion.settings import ClassifierConfig, DiffusionConfig, NetworkConfig
 from guided_diffusion.training.classifier import ClassifierLoop, ClassifierTrainingConfig, accuracy_by_noise
 from guided_diffusion.training.data import ImageFolder
-from guided_diffusion.training_run import batches_of, check_classes, run, write_description
+from guided_diffusion.training_run import batches_of, classes_of, run, write_description
 
 OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
 NOISE_LEVELS = 10
@@ -67,10 +67,9 @@ def main() -> None:
         torch.manual_seed(training.seed)
         network = build_classifier(image_size, classifier_config, num_classes).to(job.device)
         folders = [training.data_dir] + ([training.val_data_dir] if training.val_data_dir else [])
-        names = [ImageFolder(folder, image_size, True, False, False).class_names for folder in folders]
-        check_classes(names[0], num_classes)
-        if names[-1] != names[0]:
-            raise ValueError(f"val_data_dir: wanted the classes {', '.join(names[0])}, got {', '.join(names[-1])}")
+        classes, *others = (classes_of(folder, replace(network_config, class_cond=True)) for folder in folders)
+        if others and others[0] != classes:
+            raise ValueError(f"val_data_dir: wanted the classes {', '.join(classes)}, got {', '.join(others[0])}")
         settings = resolved(classifier_config) | {"image_size": image_size, "num_classes": num_classes}
         loop = ClassifierLoop(
             network,
@@ -84,7 +83,7 @@ def main() -> None:
         )
         if loop.is_first:
             # For classifier_sample.py, after the --config of the model.
-            write_description(training.out_dir, settings, names[0])
+            write_description(training.out_dir, settings, classes)
     run(loop)
     if loop.is_first:
         report(loop, folders, image_size)

@@ -18,9 +18,16 @@ from guided_diffusion.parallel import launch, start
 from guided_diffusion.sampling import resolved
 from guided_diffusion.script_util import build_diffusion, build_network
 from guided_diffusion.settings import DiffusionConfig, NetworkConfig
-from guided_diffusion.training.data import class_names, list_image_files
 from guided_diffusion.training.loop import TrainingConfig, TrainLoop
-from guided_diffusion.training_run import batches_of, check_classes, run, sample_grid, write_description
+from guided_diffusion.training_run import (
+    SAMPLES,
+    batches_of,
+    classes_of,
+    null_label,
+    run,
+    sample_grid,
+    write_description,
+)
 
 
 def main() -> None:
@@ -28,8 +35,7 @@ def main() -> None:
     job = start()
     with exit_on_bad_input():
         image_size, class_cond = network_config.image_size, network_config.class_cond
-        classes = class_names(list_image_files(training.data_dir)) if class_cond else []
-        check_classes(classes, network_config.num_classes)
+        classes = classes_of(training.data_dir, network_config)
         torch.manual_seed(training.seed)
         network = build_network(network_config, diffusion_config.learn_sigma).to(job.device)
         settings = resolved(network_config, diffusion_config)
@@ -38,7 +44,7 @@ def main() -> None:
             build_diffusion(diffusion_config),
             batches_of(training, training.data_dir, image_size, class_cond, job),
             training,
-            null_label=network_config.num_classes if class_cond and network_config.null_label else None,
+            null_label=null_label(network_config),
             use_fp16=network_config.use_fp16,
             job=job,
             settings=settings,
@@ -46,7 +52,7 @@ def main() -> None:
                 sample_grid,
                 diffusion=diffusion_config,
                 image_size=image_size,
-                classes=len(classes),
+                condition={"y": torch.arange(SAMPLES) % len(classes)} if classes else {},
                 seed=training.seed,
             ),
         )

@@ -20,22 +20,20 @@ from guided_diffusion.sampling import (
     unfilled,
 )
 from guided_diffusion.script_util import sr_create_model_and_diffusion
-from guided_diffusion.settings import DiffusionConfig, NetworkConfig
+from guided_diffusion.settings import OF_OTHER_SIZES, DiffusionConfig, NetworkConfig, SuperResolutionConfig
 
-NOT_HERE = ("image_size", "channel_mult", "labels", "balanced_labels")
+NOT_HERE = (*OF_OTHER_SIZES, "labels", "balanced_labels")
 
 
 @dataclass(frozen=True)
-class SuperResolutionConfig:
+class UpsamplingConfig(SuperResolutionConfig):
     """super-resolution"""
 
-    large_size: int = option(256, "side of the images to make")
-    small_size: int = option(64, "side of the images to begin with")
     base_samples: str = option("", "npz of the images to begin with: arr_0 uint8 [N, H, W, 3], arr_1 labels", path=True)
 
 
 def main() -> None:
-    groups = (SamplingConfig, SuperResolutionConfig, NetworkConfig, DiffusionConfig)
+    groups = (SamplingConfig, UpsamplingConfig, NetworkConfig, DiffusionConfig)
     configs = parse_args(__doc__, groups, without=NOT_HERE)
     job = start()
     sampling, sizes, network_config, diffusion_config = configs

@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "attention", "denoiser", "guidance", "prepare", "process", "sampling", "stable_diffusion",
     },
     "training_run": {
-        "config", "settings", "files", "noise", "parallel", "pictures", "script_util", "training",
+        "config", "settings", "files", "noise", "parallel", "denoiser", "pictures", "script_util", "training",
     },
     "run": {
         "config", "settings", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers",

@@ -26,7 +26,7 @@ def script(tmp_path, text):
         ("raise RuntimeError('boom')", 1, "RuntimeError: boom"),
         ("raise SystemExit(7)", 7, ""),
         ("raise SystemExit('sorry')", 1, "sorry"),
-        ("raise BadInput('wrong flag')", 2, ""),
+        ("raise BadInput('wrong flag')", 2, "error: wrong flag"),
     ],
 )
 def test_a_rank_that_fails_ends_the_others(tmp_path, fails, status, said):

@@ -1,18 +1,35 @@
-"""Folders of images as endless batches, with upstream's class labels from file names (`label_name.png`)."""
+"""Folders of images as endless batches, with upstream's class labels from file names (`label_name.png`).
 
-import random
-from collections.abc import Iterator
+Which images a batch holds, their crops and flips are functions of the seed and the batch's number alone.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from guided_diffusion.config import BadInput
+from guided_diffusion.config import exit_on_bad_input
+from guided_diffusion.noise import CROP, ORDER, check_seed, generator
+
+Batches = Iterator[tuple[Tensor, dict[str, Tensor]]]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"}
+# Pillow knows dozens more by their contents, some of which start other programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+MOST_PIXELS = 10**8
+HEADERS_CHECKED = 10_000
+BAD_FILES_NAMED = 5
+BATCHES_AHEAD = 2
 
 
 def list_image_files(data_dir: str) -> list[Path]:
@@ -27,9 +44,24 @@ def list_image_files(data_dir: str) -> list[Path]:
     return files
 
 
+def _label(path: Path) -> str:
+    """The class in a file's name, empty if it has none."""
+    label, underscore, _ = path.name.partition("_")
+    return label if underscore else ""
+
+
 def class_names(files: list[Path]) -> list[str]:
-    """The classes of files named label_name.png, sorted: class i of the data is item i."""
-    return sorted({path.name.split("_")[0] for path in files})
+    """The classes of files named label_name.png, sorted: class i of the data is item i.
+
+    A ValueError names a file that has no class.
+    """
+    without = [path for path in files if not _label(path)]
+    if without:
+        raise ValueError(
+            f"data_dir: {len(without)} of {len(files)} files have no class in their name (wanted label_name.png), "
+            f"first {without[0]}"
+        )
+    return sorted({_label(path) for path in files})
 
 
 def _shrink(image: Image.Image, smaller_side: int) -> Image.Image:
@@ -37,8 +69,10 @@ def _shrink(image: Image.Image, smaller_side: int) -> Image.Image:
     while min(image.size) >= 2 * smaller_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = smaller_side / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{image.width}×{image.height} pixels are too long a strip to scale to {width}×{height}")
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -48,37 +82,78 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def random_crop(image: Image.Image, size: int, min_fraction: float = 0.8) -> Image.Image:
+def random_crop(image: Image.Image, size: int, chance: np.random.Generator, min_fraction: float = 0.8) -> Image.Image:
     """A square at a random place whose side is min_fraction to 1 of the image's smaller side."""
-    image = _shrink(image, random.randint(size, int(size / min_fraction)))
-    left, top = random.randint(0, image.width - size), random.randint(0, image.height - size)
+    image = _shrink(image, int(chance.integers(size, math.ceil(size / min_fraction), endpoint=True)))
+    left, top = (int(chance.integers(side - size, endpoint=True)) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
-class ImageFolder(Dataset):
-    """(image [3, S, S] float32 in [−1, 1], class index or 0) of every file in a folder."""
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file could not be read, without its name."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not one of " + ", ".join(FORMATS) if path.stat().st_size else "an empty file"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
-    def __init__(self, data_dir: str, image_size: int, class_cond: bool, crop: bool, flip: bool):
+
+def check_images(files: list[Path]) -> None:
+    """Look at the headers of the files; a ValueError names those that are no images, at most five.
+
+    Of more than 10,000 files as many are looked at, evenly spread: the rest is found when it is read.
+    """
+    bad = []
+    for path in files[:: -(-len(files) // HEADERS_CHECKED)]:
+        try:
+            Image.open(path, formats=FORMATS).close()
+        except Exception as error:  # Pillow reports broken files by many types
+            bad.append(f"{path} ({_reason(path, error)})")
+    if bad:
+        more = f", and {len(bad) - BAD_FILES_NAMED} more" if len(bad) > BAD_FILES_NAMED else ""
+        raise ValueError(f"data_dir: not images that can be read: {', '.join(bad[:BAD_FILES_NAMED])}{more}")
+
+
+def read_picture(path: Path, cut: Callable[[Image.Image], Image.Image], mode: str = "RGB") -> NDArray[np.uint8]:
+    """The pixels of `cut` of a picture, [H, W, 3], or [H, W] for the mode L; a ValueError names a file that is none.
+
+    As upstream: transparency is dropped, an animation is its first frame, and EXIF rotation is ignored. Of 16-bit
+    pixels the high byte is kept (upstream: grey ones become white).
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            file.info.pop("transparency", None)
+            wide = file.mode.startswith("I")
+            image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)) if wide else file
+            return np.asarray(cut(image.convert(mode)))
+    except Exception as error:  # Pillow reports broken files by many types
+        raise ValueError(f"{path}: not an image that can be read ({_reason(path, error)})") from None
+
+
+class ImageFolder:
+    """(image [3, S, S] float32 in [−1, 1], class index or 0) of every file in a folder.
+
+    Item epoch · N + i is image i of the N as it is cropped and flipped in that epoch. A ValueError says what is wrong
+    with the folder; an image that cannot be read is `BadInput`.
+    """
+
+    def __init__(self, data_dir: str, image_size: int, class_cond: bool, crop: bool, flip: bool, seed: int = 0):
         self.files = list_image_files(data_dir)
         self.class_names = class_names(self.files) if class_cond else []
         index = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = [index[path.name.split("_")[0]] if class_cond else 0 for path in self.files]
-        self.image_size, self.crop, self.flip = image_size, crop, flip
+        self.labels = [index[_label(path)] if class_cond else 0 for path in self.files]
+        self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        try:
-            with Image.open(self.files[i]) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BadInput(f"{self.files[i]}: not an image that can be read ({error})") from None
-        image = (random_crop if self.crop else center_crop)(image, self.image_size)
-        if self.flip and random.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1) / np.float32(127.5) - 1)
-        return pixels, self.labels[i]
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        epoch, i = divmod(item, len(self))
+        chance = generator(self.seed, i, CROP, epoch)
+        crop = partial(random_crop, chance=chance) if self.crop else center_crop
+        with exit_on_bad_input():
+            pixels = read_picture(self.files[i], partial(crop, size=self.image_size))
+        if self.flip and chance.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return torch.from_numpy(pixels.transpose(2, 0, 1) / np.float32(127.5) - 1), self.labels[i]
 
 
 def load_data(
@@ -91,15 +166,64 @@ def load_data(
     random_crop: bool = False,
     random_flip: bool = True,
     num_workers: int = 0,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Endless batches (images [N, 3, S, S] in [−1, 1], {"y": labels [N]} or {}), epoch after epoch.
+    seed: int = 0,
+    rank: int = 0,
+    size: int = 1,
+    start_batch: int = 0,
+) -> Batches:
+    """Endless batches (images [n, 3, S, S] in [−1, 1], {"y": labels [n]} or {}), epoch after epoch.
 
-    Every epoch has a new order, and what does not fill its last batch waits for the next one; deterministic: always
-    the order of the file names. Random numbers come from torch's and Python's generators.
+    batch_size: of all ranks together; this `rank` of `size` gets its n = batch_size / size rows. Every epoch has every
+    image once, in an order of its own, and a batch may span two; deterministic: always the order of the file names.
+    num_workers: threads that read ahead; 0: none. start_batch: the first batch, counted from 0.
+    A ValueError says what is wrong with the arguments or the folder; an image that cannot be read is `BadInput`.
     """
-    data = ImageFolder(data_dir, image_size, class_cond, random_crop, random_flip)
-    whole_batches = len(data) >= batch_size
-    loader = DataLoader(data, batch_size, shuffle=not deterministic, num_workers=num_workers, drop_last=whole_batches)
+    check_seed(seed)
+    if batch_size < 1 or batch_size % size:
+        raise ValueError(f"batch_size: wanted a multiple of the {size} ranks, got {batch_size}")
+    if num_workers < 0:
+        raise ValueError(f"num_workers: wanted 0 or more, got {num_workers}")
+    data = ImageFolder(data_dir, image_size, class_cond, random_crop, random_flip, seed)
+    if rank == 0:  # one rank's look is enough
+        check_images(data.files)
+    items = _items(len(data), None if deterministic else seed, start_batch * batch_size)
+    own = slice(rank * batch_size // size, (rank + 1) * batch_size // size)
+    batches = (list(islice(items, batch_size))[own] for _ in iter(int, 1))
+    return _stacked(_read(data, batches, num_workers), class_cond)
+
+
+def _items(count: int, seed: int | None, start: int) -> Iterator[int]:
+    """Items of an ImageFolder of `count` images from the `start`-th on, endless; without seed in file order."""
+    epoch, done = divmod(start, count)
     while True:
-        for images, labels in loader:
-            yield images, {"y": labels} if class_cond else {}
+        order = np.arange(count) if seed is None else generator(seed, epoch, ORDER).permutation(count)
+        yield from (epoch * count + order[done:]).tolist()
+        epoch, done = epoch + 1, 0
+
+
+def _read(data: ImageFolder, batches: Iterator[list[int]], num_workers: int) -> Iterator[list[tuple[Tensor, int]]]:
+    """The rows of every batch, read by this thread, or ahead by others."""
+    if not num_workers:
+        yield from ([data[item] for item in batch] for batch in batches)
+        return
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="images")
+    ahead: deque[list[Future[tuple[Tensor, int]]]] = deque()
+    try:
+        for batch in batches:
+            ahead.append([pool.submit(data.__getitem__, item) for item in batch])
+            if len(ahead) > BATCHES_AHEAD:
+                yield [row.result() for row in ahead.popleft()]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stacked(batches: Iterator[list[tuple[Tensor, int]]], class_cond: bool) -> Batches:
+    for rows in batches:
+        images, labels = zip(*rows, strict=True)
+        yield torch.stack(images), {"y": torch.tensor(labels)} if class_cond else {}
+
+
+def with_low_res(batches: Batches, small_size: int) -> Batches:
+    """Batches whose condition also has `low_res`, [n, 3, s, s]: the images with pixels averaged by areas."""
+    for images, condition in batches:
+        yield images, {**condition, "low_res": F.interpolate(images, small_size, mode="area")}
