@@ -68,7 +68,7 @@ def run(loop: Trainer) -> None:
     """Train, and say so on rank 0; a signal or a loss that explodes ends the script with one sentence."""
     if loop.is_first:
         parameters = sum(parameter.numel() for parameter in loop.network.parameters())
-        ranks = f" ({loop.ranks.size} ranks)" if loop.ranks.size > 1 else ""
+        ranks = f" ({loop.job.size} ranks)" if loop.job.size > 1 else ""
         print(f"{parameters:,} parameters on {loop.device}{ranks}; step {loop.step} in {loop.out_dir}", flush=True)
     try:
         stopped = loop.run()

@@ -40,7 +40,6 @@ def test_eight_images_are_learned_by_heart(tmp_path):
     errors = (x0[:, None] - images).square().mean(dim=(2, 3, 4)).sqrt()
     apart = (images[:, None] - images).square().mean(dim=(2, 3, 4)).sqrt()
     assert errors.argmin(dim=1).tolist() == list(range(8))
-    print(errors.diagonal(), apart[apart > 0].min())
     assert errors.diagonal().max() < 0.5 * apart[apart > 0].min()
 
 

@@ -71,10 +71,10 @@ class ClassifierLoop(Trainer):
         super().__init__(network, data, config, num_timesteps, use_fp16, job, settings)
         self.val_data = val_data(self.step // config.eval_interval) if val_data and self.is_first else None
 
-    def _follow_up(self, last: bool) -> None:
+    def _follow_up(self) -> None:
         if self.val_data and self.step % self.config.eval_interval == 0:
             self._validate(self.step // self.config.eval_interval)
-        super()._follow_up(last)
+        super()._follow_up()
 
     def _validate(self, number: int) -> None:
         rows = self.rows(*next(self.val_data), self.val_draws, number)

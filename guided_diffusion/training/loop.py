@@ -98,8 +98,8 @@ class TrainLoop(Trainer):
             return losses, losses["loss"]
         return losses, losses["mse"] * self._snr_weights(rows.t) + losses.get("vb", 0)
 
-    def _follow_up(self, last: bool) -> None:
-        super()._follow_up(last)
+    def _follow_up(self) -> None:
+        super()._follow_up()
         if self.sample and self.config.sample_interval and self.step % self.config.sample_interval == 0:
             first = self.emas[self.config.ema_rates[0]]
             self.sample(first, self.out_dir / f"samples_{self.step:06d}.png")

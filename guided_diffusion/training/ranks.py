@@ -24,11 +24,13 @@ class Ranks:
     """What ranks do together, each on its device; a process alone needs no process group for it."""
 
     def __init__(self, job: Job, device: torch.device):
-        self.rank, self.size, self._job, self._device = job.rank, job.size, job, device
+        self._job, self._device = job, device
         self._key = f"training {next(_numbers)}"  # every rank makes the trainings of a job in the same order
-        if self.size > 1 and not dist.is_initialized():
+        if self._job.size > 1 and not dist.is_initialized():
+            # NCCL refuses two ranks on one GPU.
+            own_gpu = device.type == "cuda" and job.local_size <= torch.cuda.device_count()
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                "nccl" if own_gpu else "gloo",
                 store=dist.PrefixStore(self._key, job.store),
                 rank=job.rank,
                 world_size=job.size,
@@ -37,28 +39,27 @@ class Ranks:
 
     def share(self, network: nn.Module) -> nn.Module:
         """The network with rank 0's weights whose gradients are means over all ranks."""
-        if self.size == 1:
+        if self._job.size == 1:
             return network
         devices = [self._device] if self._device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=devices)
 
-    @staticmethod
-    def keep_gradients(shared: nn.Module) -> AbstractContextManager:
-        """Inside, gradients stay on their rank: for all parts of a batch but the last."""
-        return shared.no_sync() if isinstance(shared, DistributedDataParallel) else nullcontext()
+    def exchange(self, shared: nn.Module, of_gradients: bool) -> AbstractContextManager:
+        """Whether a backward pass inside takes the means over the ranks: for the last part of a batch only."""
+        return nullcontext() if of_gradients or self._job.size == 1 else shared.no_sync()
 
     def gather(self, columns: Tensor) -> Tensor:
         """[k, n] of every rank as [k, size · n] on the CPU of all, in the order of ranks."""
-        if self.size == 1:
+        if self._job.size == 1:
             return columns.cpu()
-        found = [torch.empty_like(columns) for _ in range(self.size)]
+        found = [torch.empty_like(columns) for _ in range(self._job.size)]
         dist.all_gather(found, columns)
         return torch.cat(found, dim=1).cpu()
 
     def leave(self) -> None:
         """Wait for all, rank 0's files included, and end the process group."""
         self._job.leave_together(f"{self._key}/end")
-        if self.size > 1:
+        if self._job.size > 1:
             dist.destroy_process_group()
 
 

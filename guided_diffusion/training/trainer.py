@@ -4,7 +4,6 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,6 @@ Batches = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
 
 EXPLODED = 1e4
 """A loss of so many times the run's first one ends the run."""
-
-PARTS = {"step", "network", "emas", "optimizer", "scaler", "schedule_sampler", "first_loss", "settings"}
-"""What checkpoint.pt holds."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +107,13 @@ class Trainer(ABC):
         job: Job | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
-        job = job or Job()
+        self.job = job or Job()
         self.network = network.to(memory_format=torch.channels_last)
         self.config, self.num_timesteps = config, num_timesteps
         self.settings = dict(settings or {}) | asdict(config)
         self.device = next(network.parameters()).device
         if use_fp16 and self.device.type == "cpu":
-            log.warning("use_fp16: half precision needs a GPU; going on without (bf16 works on a CPU)")
+            self._say("use_fp16: half precision needs a GPU; going on without (bf16 works on a CPU)")
             use_fp16 = False
         self.autocast_dtype = torch.float16 if use_fp16 else torch.bfloat16 if config.bf16 else None
         self.scaler = torch.amp.GradScaler(
@@ -127,7 +123,7 @@ class Trainer(ABC):
         self.emas = {rate: copy.deepcopy(network).requires_grad_(False).eval() for rate in config.ema_rates}
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.schedule_sampler = create_named_schedule_sampler(config.schedule_sampler, num_timesteps)
-        self.draws = Draws(config.seed, job.rank * (config.batch_size // job.size))
+        self.draws = Draws(config.seed, self.job.rank * (config.batch_size // self.job.size))
         self.step = 0
         self.saved: int | None = None
         self.first_loss: float | None = None
@@ -139,7 +135,7 @@ class Trainer(ABC):
             self._begin_with(config.resume_checkpoint)
         self.batches = data(self.step)
         self.progress: Progress | None = None
-        self.ranks = Ranks(job, self.device)
+        self.ranks = Ranks(self.job, self.device)
         steps = self.ranks.gather(torch.full((1, 1), self.step, device=self.device)).unique().tolist()
         if len(steps) > 1:
             raise ValueError(f"out_dir: ranks found different steps ({steps}); it must be one folder for all of them")
@@ -152,7 +148,11 @@ class Trainer(ABC):
     @property
     def is_first(self) -> bool:
         """Whether this rank saves, logs, validates and samples."""
-        return self.ranks.rank == 0
+        return self.job.rank == 0
+
+    def _say(self, text: str) -> None:
+        if self.is_first:
+            log.warning(text)
 
     def run(self) -> int:
         """Train all steps, or until SIGTERM or SIGINT; a checkpoint is left in both cases.
@@ -172,20 +172,20 @@ class Trainer(ABC):
                     stopped = self._train_step(*next(self.batches), signal=came[0] if came else 0)
                     self.step += 1
                     if self.is_first:
-                        self._follow_up(last=stopped or self.step == end)
+                        self._follow_up()
+                    if stopped or self.step == end or self.step % self.config.save_interval == 0:
+                        self.save()
             finally:
                 if self.progress:
                     self.progress.close()
             self.ranks.leave()
         return stopped
 
-    def _follow_up(self, last: bool) -> None:
-        """What the first rank does after a step."""
+    def _follow_up(self) -> None:
+        """What the first rank does after a step, beside saving."""
         self.progress.advance(self.config.batch_size)
         if self.step % self.config.log_interval == 0:
             self.progress.write(self.step, self.step * self.config.batch_size)
-        if last or self.step % self.config.save_interval == 0:
-            self.save()
 
     def rows(self, images: Tensor, condition: dict[str, Tensor], draws: Draws, step: int) -> Rows:
         """A batch with what is drawn for it at a step."""
@@ -197,13 +197,13 @@ class Trainer(ABC):
 
     def _train_step(self, images: Tensor, condition: dict[str, Tensor], signal: int = 0) -> int:
         """One step; returns the number of a signal that came to any rank."""
-        seed_dropout(self.config.seed, self.step, self.ranks.rank)
+        seed_dropout(self.config.seed, self.step, self.job.rank)
         rows = self.rows(images, condition, self.draws, self.step)
         size = self.config.microbatch if self.config.microbatch > 0 else len(rows)
         parts = [rows.part(start, size) for start in range(0, len(rows), size)]
         of_parts = []
         for part in parts:
-            with self.ranks.keep_gradients(self.shared_network) if part is not parts[-1] else nullcontext():
+            with self.ranks.exchange(self.shared_network, of_gradients=part is parts[-1]):
                 losses, trained = self._losses(part)
                 self.scaler.scale((trained * part.weights).sum() / len(rows)).backward()
             of_parts.append({name: values.detach() for name, values in losses.items()})
@@ -261,28 +261,30 @@ class Trainer(ABC):
 
     def save(self) -> None:
         """Write this step's weights and then checkpoint.pt, each atomically; older weights go."""
-        weights = {f"model{self.step:06d}.pt": self.network}
-        weights |= {f"ema_{rate}_{self.step:06d}.pt": ema for rate, ema in self.emas.items()}
-        for name, network in weights.items():
-            save_atomically(network.state_dict(), self.out_dir / name)
-        save_atomically(
-            {
-                "step": self.step,
-                "network": self.network.state_dict(),
-                "emas": {str(rate): ema.state_dict() for rate, ema in self.emas.items()},
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "schedule_sampler": self.schedule_sampler.state_dict(),
-                "first_loss": self.first_loss,
-                "settings": self.settings,
-            },
-            self.checkpoint_path,
-        )
+        if self.is_first:
+            weights = {f"model{self.step:06d}.pt": self.network}
+            weights |= {f"ema_{rate}_{self.step:06d}.pt": ema for rate, ema in self.emas.items()}
+            for name, network in weights.items():
+                save_atomically(network.state_dict(), self.out_dir / name)
+            save_atomically(self._state(), self.checkpoint_path)
+            resume.prune(self.out_dir, weights, self.config.keep)
         self.saved = self.step
-        resume.prune(self.out_dir, weights, self.config.keep)
+
+    def _state(self) -> dict[str, Any]:
+        """All that is needed to go on."""
+        return {
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "emas": {str(rate): ema.state_dict() for rate, ema in self.emas.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "schedule_sampler": self.schedule_sampler.state_dict(),
+            "first_loss": self.first_loss,
+            "settings": self.settings,
+        }
 
     def _restore(self, state: Any) -> None:
-        if not isinstance(state, dict) or (absent := PARTS - state.keys()):
+        if not isinstance(state, dict) or (absent := self._state().keys() - state.keys()):
             what = f" ({', '.join(sorted(absent))} missing)" if isinstance(state, dict) else ""
             raise ValueError(
                 f"{self.checkpoint_path}: not the checkpoint of a run that this version can go on from{what}"
@@ -304,7 +306,7 @@ class Trainer(ABC):
         self.step = self.saved = state["step"]
         self.first_loss = state["first_loss"]
         if differing := resume.changed(state["settings"], self.settings):
-            log.warning("%s: going on with other settings: %s", self.config.out_dir, differing)
+            self._say(f"{self.config.out_dir}: going on with other settings: {differing}")
 
     def _begin_with(self, path: str) -> None:
         """Weights from a file; where upstream's name says its step, also what upstream saved beside it."""
@@ -324,4 +326,4 @@ class Trainer(ABC):
             fits = resume.read_optimizer(self.optimizer, moments)
             found += [Path(moments).name + ("" if fits else " (of other parameters, not used)")]
         if self.step:
-            log.warning("%s: going on at step %d with %s", path, self.step, ", ".join([Path(path).name, *found]))
+            self._say(f"{path}: going on at step {self.step} with {', '.join([Path(path).name, *found])}")
