@@ -138,10 +138,12 @@ def parse_args(
     argv: list[str] | None = None,
     default_config: str | None = None,
     without: Container[str] = (),
+    unread: tuple[type, ...] = (),
 ) -> list[Any]:
     """Command line to one instance of every dataclass in `groups`: defaults < `--config` files < flags.
 
-    without: fields of the groups that are no flags here. A group's method `remark(given)`, if it has one, is asked
+    without: fields of the groups that are no flags here. unread: groups of other scripts whose fields a `--config` file
+    may have all the same. A group's method `remark(given)`, if it has one, is asked
     for a warning about what was given and what was not.
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -176,7 +178,12 @@ def parse_args(
     flags = vars(known)
     files = flags.pop("config", None) or ([default_config] if default_config else [])
     with exit_on_bad_input():
-        layers = [(f"--config {file}", _from_folder(bf.dirname(file), read_yaml(file), groups)) for file in files]
+        known_here, elsewhere = _fields(groups, without), _fields(unread)
+        read = {
+            file: {key: value for key, value in read_yaml(file).items() if key in known_here or key not in elsewhere}
+            for file in files
+        }
+        layers = [(f"--config {file}", _from_folder(bf.dirname(file), read[file], groups)) for file in files]
         configs = merge(groups, *layers, ("command line", flags), without=without)
         given = set(flags).union(*(layer for _, layer in layers))
         for config in configs:

@@ -252,6 +252,12 @@ class GaussianDiffusion:
         x_start: Tensor,
         clip_denoised: bool = True,
         model_kwargs: Mapping[str, Tensor] | None = None,
+        step_noise: samplers.Noise | None = None,
     ) -> Result:
-        """The variational bound of x_start in bits/dim: total_bpd, prior_bpd [N]; vb, xstart_mse, mse [N, T]."""
-        return losses.bpd_loop(self.denoiser(model, clip_denoised), self.process, x_start, model_kwargs or {})
+        """The variational bound of x_start in bits/dim: total_bpd, prior_bpd [N]; vb, xstart_mse, mse [N, T].
+
+        T: the last step first. step_noise: the noise of a step, by number (drawn if not given).
+        """
+        noise_of = step_noise or (lambda step: torch.randn_like(x_start))
+        denoiser = self.denoiser(model, clip_denoised)
+        return losses.bpd_loop(denoiser, self.process, x_start, model_kwargs or {}, noise_of)

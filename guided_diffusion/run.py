@@ -147,7 +147,7 @@ class _Signals:
         raise SystemExit(128 + number)
 
 
-class _Progress:
+class Progress:
     """How far the whole job is, shown by rank 0: a bar on a terminal, else lines, or JSON lines."""
 
     def __init__(self, job: Job, counter: str, samples: int, done: int, steps: int, log_json: bool):
@@ -189,7 +189,7 @@ class _Progress:
 
 
 def _make_shard(
-    sampler: AnySampler, indices: Sequence[int], progress: _Progress, signals: _Signals, observe: Observer | None
+    sampler: AnySampler, indices: Sequence[int], progress: Progress, signals: _Signals, observe: Observer | None
 ) -> Shard:
     images, labels, evaluations = [], [], 0.0
     for batch in batches(indices, sampler.config.batch_size):
@@ -236,7 +236,7 @@ def run(
                 todo = _prepare(store, config.overwrite, about, guidance_line)
         todo = json.loads(job.share(f"{key}/todo", json.dumps(todo)))
         missing = sum(len(store.indices(number)) for number in todo)
-        progress = _Progress(
+        progress = Progress(
             job,
             f"{key}/steps",
             sampler.num_samples,

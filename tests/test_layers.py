@@ -70,6 +70,9 @@ MAY_IMPORT = {
         "config", "settings", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers",
         "sampling", "__init__",
     },
+    "likelihood": {
+        "config", "files", "noise", "parallel", "sample_store", "denoiser", "respace", "training", "run",
+    },
 }  # fmt: skip
 
 

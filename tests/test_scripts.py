@@ -247,6 +247,43 @@ def test_training_then_sampling(tmp_path):
     assert len(samples(tmp_path / "out")[1]) == 2
 
 
+def test_training_begins_with_weights_from_elsewhere(weights, tmp_path):
+    """A plain state dict under upstream's names; the file that training leaves is one again."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "0_a.png")
+    given = torch.load(weights / "network.pt", weights_only=True)
+    torch.save(given, tmp_path / "model010000.pt")
+    run(
+        "image_train", **NETWORK, data_dir=tmp_path, out_dir=tmp_path / "run", batch_size=1, lr_anneal_steps=1,
+        lr=1e-9, resume_checkpoint=tmp_path / "model010000.pt",
+    )  # fmt: skip
+    left = torch.load(tmp_path / "run" / "ema_0.9999_000001.pt", weights_only=True)
+    assert list(left) == list(given)
+    for name, tensor in given.items():
+        torch.testing.assert_close(left[name], tensor, atol=1e-6, rtol=0)
+
+
+OF_NETWORKS = (
+    "num_channels num_res_blocks num_heads num_heads_upsample num_head_channels attention_resolutions dropout "
+    "class_cond use_checkpoint use_scale_shift_norm resblock_updown use_fp16 use_new_attention_order learn_sigma "
+    "diffusion_steps noise_schedule timestep_respacing use_kl predict_xstart rescale_timesteps rescale_learned_sigmas"
+)
+UPSTREAM_FLAGS = {
+    "image_nll": "data_dir clip_denoised num_samples batch_size model_path image_size channel_mult",
+    "super_res_sample": "clip_denoised num_samples batch_size use_ddim base_samples model_path large_size small_size",
+    "super_res_train": "data_dir schedule_sampler lr weight_decay lr_anneal_steps batch_size microbatch ema_rate "
+    "log_interval save_interval resume_checkpoint fp16_scale_growth large_size small_size",
+}
+
+
+@pytest.mark.parametrize("script", UPSTREAM_FLAGS)
+def test_upstream_flags_are_there(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(script, "--help")
+    assert stop.value.code == 0
+    said = set(capsys.readouterr().out.split())
+    assert {f"--{flag}" for flag in f"{UPSTREAM_FLAGS[script]} {OF_NETWORKS}".split()} <= said
+
+
 @pytest.mark.parametrize(
     "flags", [{"data_dir": "nowhere"}, {"data_dir": ""}, {"lr": "-1"}, {"num_classes": "1"}, {"label_dropout": 2}]
 )

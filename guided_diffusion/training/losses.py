@@ -2,6 +2,7 @@
 
 import enum
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -104,16 +105,18 @@ def training_losses(
 
 
 @torch.no_grad()
-def bpd_loop(denoiser: Denoiser, process: ForwardProcess, x0: Tensor, condition: Condition) -> dict[str, Tensor]:
+def bpd_loop(
+    denoiser: Denoiser, process: ForwardProcess, x0: Tensor, condition: Condition, noise_of: Callable[[int], Tensor]
+) -> dict[str, Tensor]:
     """The whole variational bound of x0, [N, C, H, W] in [−1, 1].
 
-    Returns `total_bpd` and `prior_bpd` [N] in bits/dim, and for each step (last first) `vb` [N, T] in bits/dim,
-    `xstart_mse` and `mse` (of ε) [N, T]. Noise is drawn from torch's generator.
+    noise_of: the noise of a step, of x0's shape. Returns `total_bpd` and `prior_bpd` [N] in bits/dim, and for each step
+    (last first) `vb` [N, T] in bits/dim, `xstart_mse` and `mse` (of ε) [N, T].
     """
     vb, xstart_mse, mse = [], [], []
     for step in reversed(range(process.num_timesteps)):
         t = torch.full((len(x0),), step, device=x0.device)
-        noise = torch.randn_like(x0)
+        noise = noise_of(step)
         prediction = denoiser(process.q_sample(x0, t, noise), t, condition)
         vb.append(vb_terms_bpd(prediction, x0))
         xstart_mse.append(mean_flat((prediction.x0 - x0) ** 2))
