@@ -316,6 +316,8 @@ class Trainer(ABC):
             raise ValueError(f"resume_checkpoint: {path}: another network than the flags describe; tensors: {wrong}")
         self.network.load_state_dict(weights)
         self.step = resume.step_of(path)
+        if self.config.steps is not None and self.step >= self.config.steps:
+            raise ValueError(f"resume_checkpoint: {path} is of step {self.step}, training ends at {self.config.steps}")
         found = []
         for rate, ema in self.emas.items():
             average = resume.beside(path, f"ema_{rate}_{self.step:06d}.pt") if self.step else ""
