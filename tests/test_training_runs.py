@@ -13,6 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from guided_diffusion.noise import SampleNoise
+from guided_diffusion.pictures import to_uint8
+from guided_diffusion.script_util import build_diffusion, build_network
+from guided_diffusion.settings import DiffusionConfig, NetworkConfig
+from guided_diffusion.training_run import SAMPLES, sample_grid
 from runs import SCRIPTS, environment, mpiexec, run
 from trainings import log_of
 
@@ -47,7 +52,7 @@ def checkpoint(folder):
 
 def test_two_ranks_train_as_one(flags, tmp_path):
     flags |= {"lr_anneal_steps": 3, "microbatch": 2, "sample_interval": 3}
-    flags |= {"diffusion_steps": 20, "noise_schedule": "cosine"}
+    flags |= {"diffusion_steps": 20, "noise_schedule": "cosine", "use_checkpoint": True}
     process = mpiexec(2, command(flags | {"out_dir": tmp_path / "two"}))
     run("image_train", **flags, out_dir=tmp_path / "one")
     _, errors = process.communicate(timeout=300)
@@ -65,6 +70,24 @@ def test_two_ranks_train_as_one(flags, tmp_path):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
     assert max(float(gradient.abs().max()) for gradient in gradients[0]) > 0.01
     assert Image.open(tmp_path / "two" / "samples_000003.png").size[0] >= 4 * 16
+
+
+def test_samples_on_the_way_are_of_the_same_noise(tmp_path):
+    """And they are those of DDIM with the given condition."""
+    settings = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine", learn_sigma=True)
+    torch.manual_seed(0)
+    network = build_network(NetworkConfig(**{key: NETWORK[key] for key in NETWORK if key != "learn_sigma"}), True)
+    condition = {"y": torch.arange(SAMPLES) % 2}
+    for name in ("a.png", "b.png"):
+        sample_grid(network, tmp_path / name, diffusion=settings, image_size=16, condition=condition, seed=3)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    x_T = SampleNoise(3, range(SAMPLES), (3, 16, 16)).x_T()
+    with torch.no_grad():
+        x0 = build_diffusion(settings).ddim_sample_loop(network, x_T.shape, noise=x_T, model_kwargs=condition)
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    times = picture.shape[0] // (4 * 16)
+    assert (picture[: 16 * times : times, : 16 * times : times] == to_uint8(x0)[0]).all()
+    assert to_uint8(x0).std() > 10
 
 
 NOT_A_NUMBER = """
