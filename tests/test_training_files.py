@@ -189,7 +189,7 @@ def test_an_optimizer_of_other_parameters_is_not_used_and_said(tmp_path, caplog)
 
 def test_weights_of_another_network_or_of_a_later_step_are_refused(tmp_path):
     path, _ = upstream_run(tmp_path / "upstream", loop_of(tmp_path / "other").network)
-    with pytest.raises(ValueError, match="model000040.pt is of step 40, training ends at 40"):
+    with pytest.raises(ValueError, match=r"model000040\.pt is of step 40, training ends at 40"):
         loop_of(tmp_path / "run", resume_checkpoint=str(path), lr_anneal_steps=40)
     torch.save({"weight": torch.zeros(3)}, tmp_path / "model000010.pt")
     with pytest.raises(ValueError, match=r"resume_checkpoint: .*: another network than the flags describe; tensors: "):

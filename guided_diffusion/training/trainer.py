@@ -29,7 +29,7 @@ Batches = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
 """From a step on, the endless batches (images, condition) of this rank: its rows of the global batch."""
 
 EXPLODED = 1e4
-"""A loss of so many times the run's first one ends the run."""
+"""A loss of so many times the run's first one, or 1 if that was less, ends the run."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Trainer(ABC):
         if wrong:
             what = f"the loss is {losses[wrong[0]]:g} at rows {', '.join(map(str, wrong[:8]))} of the batch"
             what += f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
-        elif mean > EXPLODED * self.first_loss:
+        elif mean > EXPLODED * max(1.0, self.first_loss):
             what = f"the loss is {mean:.4g}, most at row {int(losses.argmax())} of the batch; it began at "
             what += f"{self.first_loss:.4g}"
         elif not norm.isfinite() and (not self.scaler.is_enabled() or self.scaler.get_scale() <= 1):
