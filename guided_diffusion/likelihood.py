@@ -60,6 +60,7 @@ class Parts:
 
     @property
     def numbers(self) -> range:
+        """The parts."""
         return range(-(-self.count // self.size))
 
     def indices(self, number: int) -> range:
@@ -89,6 +90,7 @@ class Parts:
         return True
 
     def write(self, number: int, part: Part) -> None:
+        """Write a part, whole."""
         write_atomically(self.path(number), lambda file: np.savez(file, **part))
 
 
@@ -151,7 +153,8 @@ def measure(
         time.sleep(0.1)
         progress.add(0)
     progress.close()
-    result = _result(parts, config.out_dir, settings) if job.rank == 0 else None
+    with exit_on_bad_input():
+        result = _result(parts, config.out_dir, settings) if job.rank == 0 else None
     job.leave_together("nll/finished")
     return result
 
@@ -185,8 +188,7 @@ def _result(parts: Parts, out_dir: str, settings: dict[str, Any]) -> dict[str, A
         "settings": settings,
         "versions": versions(),
     }
-    with exit_on_bad_input():
-        write_atomically(join(out_dir, "terms.npz"), lambda file: np.savez(file, **terms))
-        text = json.dumps(result, indent=1, ensure_ascii=False).encode()
-        write_atomically(join(out_dir, "nll.json"), lambda file: file.write(text))
+    write_atomically(join(out_dir, "terms.npz"), lambda file: np.savez(file, **terms))
+    text = json.dumps(result, indent=1, ensure_ascii=False).encode()
+    write_atomically(join(out_dir, "nll.json"), lambda file: file.write(text))
     return result

@@ -223,7 +223,7 @@ def test_a_folder_holds_one_network(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run("image_train", **flags | {"lr_anneal_steps": 9})
     assert stop.value.code == 2
-    assert "b_0.png: not an image" in capsys.readouterr().err
+    assert "b_0.png (not one of BMP, GIF, JPEG, PNG, WEBP)" in capsys.readouterr().err
 
 
 def test_training_then_sampling(tmp_path):
