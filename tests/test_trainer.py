@@ -145,10 +145,10 @@ def test_a_loss_that_explodes_stops_the_run_before_it_is_learned_from(tmp_path):
 
 
 def test_the_loss_scale_is_taken_out_of_every_gradient(tmp_path):
-    plain, scaled = loop_of(tmp_path / "plain", log_interval=1), loop_of(tmp_path / "scaled", log_interval=1)
+    settings = {"log_interval": 1, "lr_anneal_steps": 2}
+    plain, scaled = (loop_of(tmp_path / name, **settings) for name in ("plain", "scaled"))
     scaled.scaler = torch.amp.GradScaler("cpu", 2.0**20, growth_interval=10**6)
     for loop in (plain, scaled):
-        loop.config.__dict__["lr_anneal_steps"] = 2
         loop.run()
     assert_same(gradients(scaled), gradients(plain))
     assert_same(scaled.network.parameters(), plain.network.parameters())
