@@ -59,6 +59,19 @@ def attention_score(q: Tensor, k: Tensor) -> Tensor:
     return score / heads
 
 
+class TokenLinear(nn.Conv1d):
+    """A linear layer over the channels of tokens, [N, C, T] to [N, out_channels, T], with a Conv1d's tensors.
+
+    It leaves the channels of each token side by side in memory, as fused attention wants them.
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.transpose(1, 2), self.weight[:, :, 0], self.bias).transpose(1, 2)
+
+
 class QKVAttention(nn.Module):
     """Attention over tokens: [N, 3·C, T] to [N, C, T]. Holds no parameters; knows how its qkv is ordered."""
 
@@ -94,9 +107,9 @@ class AttentionBlock(nn.Module):
             raise ValueError(f"num_heads: {num_heads} does not divide {channels} channels")
         self.use_checkpoint = use_checkpoint
         self.norm = GroupNorm32(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.qkv = TokenLinear(channels, 3 * channels)
         self.attention = QKVAttention(num_heads, new_order=use_new_attention_order)
-        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+        self.proj_out = zero_module(TokenLinear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -104,8 +117,8 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2)
-        return (tokens + self.proj_out(self.attention(self.qkv(self.norm(tokens))))).reshape(x.shape)
+        tokens = self.norm(x).flatten(2)
+        return x + self.proj_out(self.attention(self.qkv(tokens))).reshape(x.shape)
 
     def listen(self, listener: Listener, split: Split | None = None) -> list[RemovableHandle]:
         """As `Attends.listen`; `split` reads q, k, v from [N, 3·C, T] in another way than the block itself does."""
@@ -127,8 +140,8 @@ class AttentionPool2d(nn.Module):
     def __init__(self, side: int, channels: int, num_head_channels: int, out_channels: int):
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)
-        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
-        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+        self.qkv_proj = TokenLinear(channels, 3 * channels)
+        self.c_proj = TokenLinear(channels, out_channels)
         self.attention = QKVAttention(channels // num_head_channels, new_order=True)
 
     def forward(self, x: Tensor) -> Tensor:

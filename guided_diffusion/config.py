@@ -30,13 +30,16 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
-def option(default: Any, help: str, path: bool | str = False, later: bool = False) -> Any:
+def option(
+    default: Any, help: str, path: bool | str = False, later: bool = False, words: Mapping[str, Any] | None = None
+) -> Any:
     """A dataclass field with the help text of its flag.
 
     path: a file to read, in a YAML file relative to that file; a suffix: so are values that end with it. later: newer
-    than results that it does not change at its default (`later_defaults`).
+    than results that it does not change at its default (`later_defaults`). words: values that a word stands for.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "path": path, "later": later})
+    about = {"help": help, "path": path, "later": later, "words": words or {}}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def is_path(field: dataclasses.Field, value: Any) -> bool:
@@ -125,7 +128,9 @@ def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], with
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, n=1)
                 raise ValueError(f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-            values[key] = parse_value(value, fields[key][1], f"{source}: {key}")
+            field, kind = fields[key]
+            words = field.metadata["words"]
+            values[key] = words[value] if str(value) in words else parse_value(value, kind, f"{source}: {key}")
     return [
         group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
         for group in groups

@@ -17,6 +17,28 @@ class GroupNorm32(nn.GroupNorm):
         return super().forward(x.float()).type(x.dtype)
 
 
+class Upsample(nn.Module):
+    """Double the side by nearest neighbour; with `use_conv`, a 3×3 convolution follows."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Halve the side: a strided 3×3 convolution with `use_conv`, else 2×2 averages."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
 def zero_module(module: nn.Module) -> nn.Module:
     """Set every parameter of `module` to zero and return it (residual branches start as identities)."""
     for parameter in module.parameters():

@@ -1,6 +1,7 @@
 """Many processes as one job: torchrun's or MPI's ranks, or one process alone."""
 
 import contextlib
+import ctypes
 import os
 import re
 import socket
@@ -20,6 +21,9 @@ MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRAN
 """What mpiexec sets; without one of them MPI is not even loaded."""
 
 TORCHRUN_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
 
 POLL_S = 0.1
 STORE_TIMEOUT = timedelta(days=30)
@@ -85,8 +89,9 @@ _mpi: Any = None
 def start() -> Job:
     """Join the job this process was started in: torchrun's variables first, then MPI's, else alone.
 
-    Shares the cores among the ranks of a machine unless OMP_NUM_THREADS says otherwise.
+    Shares the cores among the ranks of a machine unless OMP_NUM_THREADS says otherwise, and keeps freed memory.
     """
+    _keep_freed_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         job = _start_torchrun()
     elif any(name in os.environ for name in MPI_VARIABLES):
@@ -97,6 +102,18 @@ def start() -> Job:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // job.local_size))
     return job
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next tensors, unless a MALLOC_… variable says how.
+
+    It gives them back to the system after every layer otherwise, and clearing them again takes a fifth of a CPU's time.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_THRESHOLD, 2**30)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _start_torchrun() -> Job:

@@ -17,8 +17,9 @@ from guided_diffusion.sampling import (
     SamplingConfig,
     class_condition,
     describe_guidance,
+    fill,
     guidances_of,
-    ready,
+    make_ready,
     resolved,
     unconditional,
     unfilled,
@@ -73,7 +74,7 @@ class Prepared:
 
 def fill_at_random(network: nn.Module, device: torch.device) -> None:
     """Numbers of no meaning for a network built on the meta device: to measure its speed without its weights."""
-    network.to_empty(device=device).eval().requires_grad_(False)
+    network.to_empty(device=device)
     for tensor in network.state_dict().values():
         tensor.normal_(std=0.02)
 
@@ -92,9 +93,10 @@ def image_run(configs: Sequence[Any], device: torch.device, weights: bool = True
     if network_config.class_cond:
         condition_of = class_condition(sampling, network_config, network_config.null_label)
     if weights:
-        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+        fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
     else:
         fill_at_random(network, device)
+    make_ready(network, network_config.use_fp16, sampling.compile)
     sampler = Sampler(sampling, network_config.image_size, network, diffusion, device, condition_of, guidances)
     line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
     return Prepared(sampler, resolved(*configs), line)
@@ -114,9 +116,7 @@ def _classifier_gradient(
         load_into(classifier, guidance.classifier_path, device, explain)
     else:
         fill_at_random(classifier, device)
-    classifier.eval().requires_grad_(False)
-    if config.classifier_use_fp16:
-        classifier.convert_to_fp16()
+    make_ready(classifier, config.classifier_use_fp16)
     return classifier_gradient(classifier, guidance.classifier_scale)
 
 
@@ -134,9 +134,10 @@ def classifier_run(configs: Sequence[Any], device: torch.device, weights: bool =
         has_null = network_config.class_cond and network_config.null_label and not cond_fn
         condition_of = class_condition(sampling, network_config, has_null)
     if weights:
-        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+        fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
     else:
         fill_at_random(network, device)
+    make_ready(network, network_config.use_fp16, sampling.compile)
     # The classifier needs labels also where the network takes none.
     network_fn = network if network_config.class_cond else lambda x, t, y=None: network(x, t)
     sampler = Sampler(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import guided_diffusion
 from guided_diffusion import pictures
+from guided_diffusion.batching import chosen_batch_size, memory_said
 from guided_diffusion.config import exit_on_bad_input, later_defaults
 from guided_diffusion.fetch import local_path
 from guided_diffusion.files import join, write_atomically
@@ -189,10 +190,15 @@ class Progress:
 
 
 def _make_shard(
-    sampler: AnySampler, indices: Sequence[int], progress: Progress, signals: _Signals, observe: Observer | None
+    sampler: AnySampler,
+    indices: Sequence[int],
+    batch_size: int,
+    progress: Progress,
+    signals: _Signals,
+    observe: Observer | None,
 ) -> Shard:
     images, labels, evaluations = [], [], 0.0
-    for batch in batches(indices, sampler.config.batch_size):
+    for batch in batches(indices, batch_size):
         for state, guided in sampler.trajectory(batch):
             if observe:
                 observe(batch, state, guided)
@@ -216,15 +222,23 @@ def run(
     config = sampler.config
     key = f"run {next(_numbers)}"  # every rank makes the runs of a job in the same order
     made_of = json.loads(job.share(f"{key}/identity", json.dumps(identity(settings)) if job.rank == 0 else ""))
+    folder = output_folder(sampler, made_of)
+    batch_size = chosen_batch_size(sampler, folder, f"{key}/batch_size", job)
     store = SampleStore(
-        output_folder(sampler, made_of),
+        folder,
         made_of,
         sampler.num_samples,
-        config.shard_size or config.batch_size,
+        config.shard_size or batch_size,
         sampler.shape,
         sampler.labelled,
     )
-    about = {"guidance": guidance_line, "ranks": job.size, "device": str(sampler.device), "versions": versions()}
+    about = {
+        "guidance": guidance_line,
+        "batch_size": batch_size,
+        "ranks": job.size,
+        "device": str(sampler.device),
+        "versions": versions(),
+    }
     started = time.perf_counter()
     signals = _Signals(config.grace, job, f"{key}/stopped")
     with ExitStack() as stack:
@@ -246,7 +260,8 @@ def run(
         )
         while (turn := job.add(f"{key}/turn") - 1) < len(todo):
             number = todo[turn]
-            shard = _make_shard(sampler, store.indices(number), progress, signals, observe)
+            with memory_said(batch_size):
+                shard = _make_shard(sampler, store.indices(number), batch_size, progress, signals, observe)
             with exit_on_bad_input():
                 store.write(number, shard)
             job.add(f"{key}/done")

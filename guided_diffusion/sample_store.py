@@ -115,12 +115,16 @@ class SampleStore:
             for key in sorted(theirs.keys() | ours.keys())
             if theirs.get(key) != ours.get(key)
         ]
-        if different:
+        if different and self._holds_shards():
             raise ValueError(
                 f"{self.folder} holds samples made otherwise: {'; '.join(different)}; give another --out_dir, or "
                 "--overwrite True to delete them"
             )
         return ""
+
+    def _holds_shards(self) -> bool:
+        shards = join(self.folder, "shards")
+        return bf.isdir(shards) and any(name.endswith(".npz") for name in bf.listdir(shards))
 
     def sweep(self) -> None:
         """Delete the temporary files that a killed run left half-written in a local folder."""
@@ -219,6 +223,15 @@ class SampleStore:
         """The first `count` samples, or all if there are fewer: uint8 [N, H, W, 3]."""
         needed = -(-min(count, self.num_samples) // self.shard_size)
         return np.concatenate([self.read(number).images for number in range(needed)])[:count]
+
+
+def batch_size_of(folder: str) -> int:
+    """The batch size that a folder's manifest tells, or 0."""
+    try:
+        with bf.BlobFile(join(folder, "manifest.json"), "rb") as file:
+            return max(0, int(json.loads(file.read(2**24))["batch_size"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, bf.Error):
+        return 0
 
 
 def batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:

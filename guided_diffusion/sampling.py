@@ -24,7 +24,7 @@ from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import State
 from guided_diffusion.script_util import build_guidance, build_other_guidances
 from guided_diffusion.settings import GuidanceConfig, NetworkConfig, OtherGuidanceConfig
-from guided_diffusion.unet import UNetModel
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
 """The condition of samples by their indices, rows first, on the CPU."""
@@ -34,7 +34,11 @@ ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
 class RunConfig:
     """Settings of a run of any kind of model, for groups of flags to extend."""
 
-    batch_size: int = option(16, "images at a time")
+    batch_size: int | None = option(
+        16,
+        "images at a time; auto: what is fastest and fits, found before the first shard and kept when resumed",
+        words={"auto": None},
+    )
     shard_size: int = option(
         0, "images per file of the run, the unit of resuming and of the ranks' work; 0: batch_size"
     )
@@ -45,7 +49,7 @@ class RunConfig:
     log_json: bool = option(False, "progress as JSON lines on stderr, for schedulers")
 
     def __post_init__(self):
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size: wanted 1 or more, got {self.batch_size}")
         if self.shard_size < 0 or not self.grace >= 0:
             raise ValueError(f"shard_size, grace: wanted 0 or more, got {self.shard_size}, {self.grace}")
@@ -63,6 +67,9 @@ class SamplingConfig(RunConfig):
     use_ddim: bool = option(False, "DDIM instead of DDPM; goes with a respacing like ddim25")
     ddim_eta: float = option(0.0, "η of DDIM: 0 deterministic, 1 as random as DDPM")
     clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
+    compile: bool = option(
+        False, "compile the residual blocks: minutes at the start; meant for GPUs, no faster on a CPU", later=True
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,16 +88,22 @@ def unfilled() -> torch.device:
     return torch.device("meta")
 
 
-def ready(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> None:
-    """Fill a network (built on the meta device) from `path` and make it ready to sample on the device.
-
-    A ValueError names the flags that do not fit the file.
-    """
+def fill(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> None:
+    """Fill a network (built on the meta device) from `path`; a ValueError names the flags that do not fit the file."""
     explain = partial(wrong_flags, network=config, image_size=network.image_size, learn_sigma=learn_sigma)
     load_into(network, path, device, explain)
+
+
+def make_ready(network: UNetModel | EncoderUNetModel, use_fp16: bool, compiled: bool = False) -> None:
+    """Make a filled network ready to be called: without gradients, in the dtype and memory layout it runs best in."""
     network.eval().requires_grad_(False)
-    if config.use_fp16:
+    if use_fp16:
         network.convert_to_fp16()
+    if next(network.parameters()).device.type == "cpu":
+        # Not on a GPU, whose group norm copies everything back.
+        network.to(memory_format=torch.channels_last)
+    if compiled:
+        network.compile_blocks()
 
 
 def choose_labels(labels: str, seed: int, indices: Sequence[int], num_classes: int, null_label: bool) -> Tensor:

@@ -28,7 +28,7 @@ class NetworkConfig:
     use_checkpoint: bool = option(False, "recompute activations in training to save memory")
     use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
     resblock_updown: bool = option(False, "residual blocks resample, not plain convolutions")
-    use_fp16: bool = option(False, "half precision on a GPU")
+    use_fp16: bool = option(False, "half precision: float16 on a GPU, bfloat16 on a CPU that has it")
     use_new_attention_order: bool = option(False, "q, k, v are stored one after the other (no shape shows it)")
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ OF_OTHER_SIZES = ("image_size", "channel_mult")
 class ClassifierConfig:
     """noisy-image classifier (as its checkpoint was trained)"""
 
-    classifier_use_fp16: bool = option(False, "half precision on a GPU")
+    classifier_use_fp16: bool = option(False, "half precision: float16 on a GPU, bfloat16 on a CPU that has it")
     classifier_width: int = option(128, "channels of the first level")
     classifier_depth: int = option(2, "residual blocks per level")
     classifier_channel_mult: str = option(

@@ -19,7 +19,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def seconds_per_step(sampler: Sampler) -> tuple[float, float]:
     """One network evaluation, and one classifier gradient, for one image; a CPU is measured on few images."""
-    count = min(sampler.config.batch_size, sampler.config.num_samples)
+    count = min(sampler.config.batch_size or 16, sampler.config.num_samples)
     if sampler.device.type == "cpu":
         count = min(count, 16) if sampler.side <= 64 else 1
     condition = {name: rows.to(sampler.device) for name, rows in sampler.condition_of(range(count)).items()}

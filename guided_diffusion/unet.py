@@ -10,31 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from guided_diffusion.attention import AttentionBlock, AttentionPool2d
-from guided_diffusion.nn import GroupNorm32, timestep_embedding, zero_module
+from guided_diffusion.nn import Downsample, GroupNorm32, Upsample, timestep_embedding, zero_module
 
 log = logging.getLogger(__name__)
 
-
-class Upsample(nn.Module):
-    """Double the side by nearest neighbour; with `use_conv`, a 3×3 convolution follows."""
-
-    def __init__(self, channels: int, use_conv: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class Downsample(nn.Module):
-    """Halve the side: a strided 3×3 convolution with `use_conv`, else 2×2 averages."""
-
-    def __init__(self, channels: int, use_conv: bool):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+RECOMPILE_LIMIT = 1024
+"""Blocks times batch sizes that may be compiled before torch goes on uncompiled; its own limit is 8."""
 
 
 class ResBlock(nn.Module):
@@ -132,22 +113,56 @@ def _encoder(
 
 
 @cache
-def _say_no_fp16() -> None:
-    log.warning("use_fp16: half precision needs a GPU; going on in float32 on the CPU")
+def _say(remark: str) -> None:
+    log.warning(remark)
 
 
-def _convert_torso_to_fp16(network: nn.Module, torso: Sequence[nn.Module]) -> None:
-    """Make the convolutions of `torso` half precision on a GPU; on a CPU, where that is 200 times slower, say so."""
-    if next(network.parameters()).device.type == "cpu":
-        _say_no_fp16()
-        return
-    for part in torso:
-        for module in part.modules():
-            if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                module.half()
+def _half_precision(device: torch.device) -> torch.dtype:
+    """What use_fp16 means on a device; said once where that is not float16, which CPUs compute 200 times slower."""
+    if device.type != "cpu":
+        return torch.float16
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        _say("use_fp16: on this CPU half precision is bfloat16, not float16")
+        return torch.bfloat16
+    _say("use_fp16: this CPU has no fast half precision; going on in float32")
+    return torch.float32
 
 
-class UNetModel(nn.Module):
+class _Network(nn.Module):
+    """What denoising networks and classifiers share: a torso that may compute in another dtype than the rest."""
+
+    input_blocks: nn.ModuleList
+
+    def torso(self) -> list[nn.Module]:
+        """What computes in half precision, if anything does."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the torso computes."""
+        return self.input_blocks[0][0].weight.dtype
+
+    def convert_to(self, dtype: torch.dtype) -> None:
+        """Compute the torso in float16 (GPU only) or bfloat16; embeddings, normalisation and output stay in float32."""
+        for part in self.torso():
+            for module in part.modules():
+                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                    module.to(dtype)
+
+    def compile_blocks(self) -> None:
+        """Compile the residual blocks, once for each shape; the attention between them stays open to hooks."""
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                module.compile(dynamic=False)
+
+    def convert_to_fp16(self) -> None:
+        """Compute the torso in the half precision of the device: float16, or bfloat16 on a CPU that has it."""
+        self.convert_to(_half_precision(next(self.parameters()).device))
+
+
+class UNetModel(_Network):
     """Denoising UNet: [N, in_channels, S, S], timesteps [N] and labels [N] to [N, out_channels, S, S].
 
     `attention_resolutions` are downsampling factors (2 = half the image's side). `channel_mult` gives one width a
@@ -223,14 +238,8 @@ class UNetModel(nn.Module):
             GroupNorm32(ch), nn.SiLU(), zero_module(nn.Conv2d(widths[0], out_channels, 3, padding=1))
         )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the torso computes."""
-        return self.input_blocks[0][0].weight.dtype
-
-    def convert_to_fp16(self) -> None:
-        """Compute the torso in half precision (GPU only); embeddings, normalisation and output stay in float32."""
-        _convert_torso_to_fp16(self, [self.input_blocks, self.middle_block, self.output_blocks])
+    def torso(self) -> list[nn.Module]:
+        return [self.input_blocks, self.middle_block, self.output_blocks]
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         if (y is None) != (self.num_classes is None):
@@ -263,7 +272,7 @@ class SuperResModel(UNetModel):
         return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y)
 
 
-class EncoderUNetModel(nn.Module):
+class EncoderUNetModel(_Network):
     """The UNet's downward half with a pooled head, the noisy-image classifier: [N, C, S, S], [N] to [N, out_channels].
 
     pool: `adaptive` (mean), `attention` (CLIP's), `spatial` or `spatial_v2` (means of every block, then an MLP).
@@ -327,14 +336,8 @@ class EncoderUNetModel(nn.Module):
         else:
             raise ValueError(f"classifier_pool: {pool!r} is none of adaptive, attention, spatial, spatial_v2")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the torso computes."""
-        return self.input_blocks[0][0].weight.dtype
-
-    def convert_to_fp16(self) -> None:
-        """Compute the torso in half precision (GPU only); embeddings and head stay in float32."""
-        _convert_torso_to_fp16(self, [self.input_blocks, self.middle_block])
+    def torso(self) -> list[nn.Module]:
+        return [self.input_blocks, self.middle_block]
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))

@@ -182,6 +182,8 @@ def main() -> None:
     with exit_on_bad_input():
         subject = latent_subject(*run_configs, job.device) if latent else image_subject(run_configs, job.device)
         sampler, count = subject.sampler, subject.sampler.num_steps
+        if sampler.config.batch_size is None:
+            raise ValueError("batch_size: wanted a number here, got auto")
         blocks = chosen_blocks(subject.blocks, config.blocks)
         height, width, _ = sampler.shape
         if config.data_dir and height != width:

@@ -46,15 +46,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("plan", help="a name in configs/tables, or a YAML file")
     parser.add_argument("--rows", default="*", help="names of rows, comma-separated, with * and ? (default: all)")
     parser.add_argument("--samples", type=int, help="samples of each row, instead of the plan's")
-    parser.add_argument("--batch_size", type=int, help="images at a time, instead of the plan's")
+    parser.add_argument("--batch_size", help="images at a time, or auto, instead of the plan's")
     parser.add_argument("--out_dir", type=Path, help="folder of the results (default: runs/tables/PLAN)")
     parser.add_argument("--inception", type=Path, help="weights of the evaluator's Inception (default: fetched)")
     parser.add_argument("--dry_run", action="store_true", help="print the rows, their cost and the expected hours")
     parser.add_argument("--fetch", action="store_true", help="bring the files of the rows to the cache, and stop")
     args = parser.parse_args()
-    for name in ("samples", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name}: wanted 1 or more, got {value}")
+    if args.samples is not None and args.samples < 1:
+        parser.error(f"--samples: wanted 1 or more, got {args.samples}")
     return args
 
 

@@ -15,7 +15,8 @@ from guided_diffusion.sampling import (
     Sampler,
     SamplingConfig,
     base_condition,
-    ready,
+    fill,
+    make_ready,
     resolved,
     unfilled,
 )
@@ -47,7 +48,8 @@ def main() -> None:
                 sizes.large_size, sizes.small_size, **asdict(network_config) | asdict(diffusion_config)
             )
         condition_of = base_condition(sizes.base_samples, sizes.small_size, network.num_classes)
-        ready(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+        fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+        make_ready(network, network_config.use_fp16, sampling.compile)
     sampler = Sampler(sampling, sizes.large_size, network, diffusion, device, condition_of)
     run(sampler, settings, f"super-resolution {sizes.small_size} → {sizes.large_size}", job)
 

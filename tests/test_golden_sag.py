@@ -7,14 +7,16 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import golden
-from guided_diffusion import samplers
+from guided_diffusion import samplers, unet
 from guided_diffusion.denoiser import Prediction
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
 from guided_diffusion.guidance.classifier import classifier_gradient
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
+from guided_diffusion.nn import GroupNorm32, timestep_embedding
 from guided_diffusion.script_util import create_classifier, create_guidance, create_model_and_diffusion
 
 CASES = golden.names("sag")
@@ -137,28 +139,30 @@ def test_step_of_the_sampler(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_trajectory(name):
+def test_trajectory(name, monkeypatch):
     """The whole loop with the reference's masks; ours may differ from them only where a score is all but ψ."""
     case = load(name)
     process = case.diffusion.process
+    dtype = torch.float32
+    if name == ILL_CONDITIONED:
+        # In float64 no sign is decided by rounding: the tolerance can be that of every other case, and is tighter.
+        dtype = torch.float64
+        monkeypatch.setattr(GroupNorm32, "forward", nn.GroupNorm.forward)
+        monkeypatch.setattr(unet, "timestep_embedding", lambda *args: timestep_embedding(*args).to(dtype))
+        case.network.to(dtype)
     shape = (case.batch, 3, SIDE, SIDE)
     draws = np.random.RandomState(case.seed + 5)
 
     def noise(_step):
-        return torch.from_numpy(draws.standard_normal(shape).astype(np.float32))
+        return torch.from_numpy(draws.standard_normal(shape).astype(np.float32)).to(dtype)
 
     packed = case.reference["trajectory_masks_packed"].numpy()
     masks = iter(torch.from_numpy(np.unpackbits(packed, axis=-1)).bool())
     guidance = WithMasks(scale=case.guidance.scale, sag=case.guidance, masks=masks)
     denoiser = case.diffusion.guided(case.diffusion.denoiser(case.network), guidance, case.cond_fn)
     sampler = samplers.ddim if case.ddim else samplers.ddpm
-    x_T = golden.normal(case.seed + 3, *shape)
+    x_T = golden.normal(case.seed + 3, *shape).to(dtype)
     *_, last = sampler(denoiser, process, x_T, case.condition, noise)
     assert next(masks, None) is None
     reference = case.reference["trajectory_final"]
-    if name == ILL_CONDITIONED:
-        deviation = (last.x - reference).abs() / reference.abs().max()
-        assert (deviation > 1e-3).float().mean() < 2e-3
-        assert deviation.square().mean().sqrt() < 2e-4
-    else:
-        golden.assert_close(last.x, reference, 1e-3)
+    golden.assert_close(last.x.float(), reference, 1e-4 if dtype is torch.float64 else 1e-3)

@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "attention_ranking": {"analysis", "attention_study", "watch"},
     "attention_page": {"page", "report"},
     "timing": {"sampling"},
+    "batching": {"config", "guidance", "parallel", "sample_store", "sampling", "timing"},
     "report": {"page"},
     "comparison": {"pictures", "guidance", "samplers", "sampling"},
     "prepare": {"config", "settings", "checkpoints", "guidance", "inspection", "sampling", "script_util"},
@@ -68,7 +69,7 @@ MAY_IMPORT = {
     },
     "run": {
         "config", "settings", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers",
-        "sampling", "__init__",
+        "sampling", "batching", "__init__",
     },
     "likelihood": {
         "config", "files", "noise", "parallel", "sample_store", "denoiser", "respace", "training", "run",

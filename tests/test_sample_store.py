@@ -119,6 +119,8 @@ def test_other_settings_are_refused_by_name(store):
     assert store.check() == ""
     assert replace(store, num_samples=99).check() == ""
     other = replace(store, identity={"seed": 3, "sigma": 2.0, "new": True})
+    assert other.check() == ""  # there is nothing to lose
+    fill(store)
     with pytest.raises(ValueError, match=r"new was None, is True; sigma was 1.5, is 2.0; .* --overwrite True"):
         other.check()
     fill(store)

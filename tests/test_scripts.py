@@ -11,7 +11,7 @@ from PIL import Image
 from conftest import randomised
 from guided_diffusion.script_util import build_classifier, create_model_and_diffusion
 from guided_diffusion.settings import ClassifierConfig
-from guided_diffusion.unet import _say_no_fp16
+from guided_diffusion.unet import UNetModel, _say
 from runs import refused, run
 
 NETWORK = {
@@ -24,6 +24,7 @@ NETWORK = {
     "null_label": "True",
     "learn_sigma": "True",
 }
+FORWARD = UNetModel.forward
 CLASSIFIER = {"classifier_width": 64, "classifier_depth": 1, "classifier_attention_resolutions": "8"}
 
 
@@ -119,13 +120,36 @@ def test_ddim(base):
     assert len(samples(base["out_dir"])[1]) == 5
 
 
-def test_half_precision_on_a_cpu_goes_on_in_float32_and_says_so_once(base, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "word"),
+    [({"avx512_bf16": True}, torch.bfloat16, "bfloat16"), ({}, torch.float32, "going on in float32")],
+)
+def test_half_precision_on_a_cpu_is_what_the_cpu_has_and_says_so_once(
+    base, tmp_path, caplog, monkeypatch, capabilities, dtype, word
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     run("image_sample", **base)
-    _say_no_fp16.cache_clear()
+    plain = samples(base["out_dir"])[1].astype(int)
+    _say.cache_clear()
+    called = []
+    monkeypatch.setattr(
+        UNetModel, "forward", lambda self, *args, **kw: called.append(self.dtype) or FORWARD(self, *args, **kw)
+    )
     for name in ("one", "two"):
         run("image_sample", **base | {"out_dir": tmp_path / name}, use_fp16="True")
-        assert np.array_equal(samples(base["out_dir"])[1], samples(tmp_path / name)[1])
+        difference = abs(samples(tmp_path / name)[1].astype(int) - plain)
+        assert difference.any() == (dtype is not torch.float32)
+        assert np.median(difference) <= 1
+    assert set(called) == {dtype}
     assert caplog.text.count("use_fp16") == 1
+    assert word in caplog.text
+
+
+def test_compile_reaches_the_network(base, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(UNetModel, "compile_blocks", lambda self: compiled.append(self))
+    run("image_sample", **base, compile="True")
+    assert len(compiled) == 1
 
 
 def test_the_classifier_moves_samples_and_goes_with_guidance(weights, base, tmp_path):
