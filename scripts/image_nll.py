@@ -16,7 +16,7 @@ import json
 from guided_diffusion.config import exit_on_bad_input, parse_args
 from guided_diffusion.likelihood import LikelihoodConfig, measure
 from guided_diffusion.parallel import launch, start
-from guided_diffusion.sampling import SamplingConfig, ready, resolved, unfilled
+from guided_diffusion.sampling import SamplingConfig, fill, make_ready, resolved, unfilled
 from guided_diffusion.script_util import build_diffusion, build_network
 from guided_diffusion.settings import DiffusionConfig, GuidanceConfig, NetworkConfig, OtherGuidanceConfig
 from guided_diffusion.training.data import ImageFolder
@@ -41,7 +41,8 @@ def main() -> None:
             )
         with unfilled():
             network = build_network(network_config, diffusion_config.learn_sigma)
-        ready(network, likelihood.model_path, network_config, diffusion_config.learn_sigma, job.device)
+        fill(network, likelihood.model_path, network_config, diffusion_config.learn_sigma, job.device)
+        make_ready(network, network_config.use_fp16)
     result = measure(images, network, diffusion, likelihood, resolved(*configs), job)
     if result is None:
         return
