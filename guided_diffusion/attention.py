@@ -12,6 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from guided_diffusion.nn import GroupNorm32, zero_module
 
+ENTRIES_AT_A_TIME = 2**20
+"""Of attention maps that exist at once: 4 MB."""
+
 Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -41,21 +44,23 @@ def split_new(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) over keys, in float32: [..., T, d] twice to [..., T queries, T keys]."""
-    logits = q.float() @ k.float().transpose(-1, -2)
-    return (logits * q.shape[-1] ** -0.5).softmax(dim=-1)
+    """softmax(q kᵀ / √d) over keys, in float32: [..., Q, d] and [..., T, d] to [..., Q queries, T keys]."""
+    logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+    return logits.softmax(dim=-1)
 
 
 def attention_score(q: Tensor, k: Tensor) -> Tensor:
     """The attention each token receives: sum over queries, mean over heads (Hong et al., Eq. 11 and Alg. 1).
 
     q, k: [N, heads, T, d]. Returns [N, T] float32, at least 0; its mean over tokens is 1.
-    Only one head's map exists at a time.
+    Only a part of one head's map exists at a time.
     """
-    heads = q.shape[1]
-    score = attention_map(q[:, 0], k[:, 0]).sum(dim=1)
-    for head in range(1, heads):
-        score += attention_map(q[:, head], k[:, head]).sum(dim=1)
+    n, heads, tokens, _ = q.shape
+    score = torch.zeros(n, tokens, device=q.device)
+    queries = max(1, ENTRIES_AT_A_TIME // (n * tokens))
+    for head in range(heads):
+        for part in q[:, head].split(queries, dim=1):
+            score += attention_map(part, k[:, head]).sum(dim=1)
     return score / heads
 
 

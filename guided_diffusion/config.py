@@ -95,6 +95,8 @@ OTHER_NAMES = {
     "sag_scale": {"guide_scale"},
     "sel_attn_block": {"sag_block"},
     "sel_attn_depth": {"sag_block"},
+    "sampler": {"use_ddim"},
+    "use_ddim": {"sampler"},
 }
 """Flags that say the same in another way: a later layer's one replaces an earlier layer's other."""
 

@@ -36,7 +36,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> 
         try:
             counts = [int(part) for part in section_counts.removeprefix("ddim").split(",")]
         except ValueError:
-            raise ValueError(f"{asked} is not a number, a list of numbers like 10,15,20, or ddimN") from None
+            raise ValueError(f"{asked} is not a number, a list of numbers like 10,15,20, ddimN or logsnrN") from None
         if ddim:
             if len(counts) != 1 or counts[0] < 1:
                 raise ValueError(f"{asked} is not ddimN with one N of at least 1")
@@ -62,6 +62,37 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> 
             position += stride
         start += length
     return kept
+
+
+def half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """λ = log(α/σ) of ᾱ, float64: ∞ for an image (ᾱ = 1), −∞ for noise alone (ᾱ = 0)."""
+    with np.errstate(divide="ignore"):
+        return (np.log(alphas_cumprod) - np.log1p(-np.asarray(alphas_cumprod))) / 2
+
+
+NOISE_ALONE = -5.1
+"""λ below which x_t is as good as noise: the cosine schedule goes on to −9.9 in its last four steps."""
+
+
+def kept_timesteps(betas: np.ndarray, respacing: str | Iterable[int]) -> set[int]:
+    """The original steps, of those with these β, that a respaced process keeps: `space_timesteps`, and `"logsnr20"`.
+
+    logsnrN: N steps evenly spread in λ = log(α/σ), from noise to step 0. Where the original steps lie farther apart
+    than that, every one is kept. A ValueError tells which spacing cannot be had.
+    """
+    if not isinstance(respacing, str) or not respacing.startswith("logsnr"):
+        return space_timesteps(len(betas), respacing)
+    number = respacing.removeprefix("logsnr")
+    if not number.isdecimal() or not 1 <= int(number) <= len(betas):
+        raise ValueError(f"timestep_respacing: {respacing!r} is not logsnrN with an N from 1 to {len(betas)}")
+    count = int(number)
+    levels = half_log_snr(np.cumprod(1 - np.asarray(betas, dtype=np.float64)))
+    wanted = np.linspace(max(levels[-1], NOISE_ALONE), levels[0], count)[::-1]
+    nearest = np.interp(-wanted, -levels, np.arange(len(betas))).round().astype(int)
+    # The i-th kept step k_i is above the one before where k_i − i does not fall, and leaves room below the last one.
+    order = np.arange(count)
+    room = np.minimum(np.maximum.accumulate(nearest - order), max(nearest[-1] + 1 - count, 0))
+    return set((room + order).tolist())
 
 
 class _Tables:

@@ -48,7 +48,8 @@ def ddim_belief(prediction: Prediction) -> tuple[Tensor, Tensor]:
     eps = torch.where(x0 == prediction.raw_x0, prediction.eps, process.eps_from_x0(x_t, t, x0))
     if prediction.log_prob_grad is not None:
         eps = eps - process.at("sqrt_one_minus_alphas_cumprod", t, x_t) * prediction.log_prob_grad
-        x0 = process.x0_from_eps(x_t, t, eps)
+        # Where ᾱ = 0, ε says nothing of x̂_0.
+        x0 = torch.where(process.has_signal(t, x_t), process.x0_from_eps(x_t, t, eps), x0)
     return x0, eps
 
 

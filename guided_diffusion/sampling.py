@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion import samplers
+from guided_diffusion import samplers, solvers
 from guided_diffusion.checkpoints import load_into
 from guided_diffusion.config import is_path, option
 from guided_diffusion.files import is_address, read_arrays
@@ -28,6 +28,15 @@ from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
 """The condition of samples by their indices, rows first, on the CPU."""
+
+SAMPLERS: dict[str, Callable[..., Iterator[State]]] = {
+    "ddpm": samplers.ddpm,
+    "ddim": samplers.ddim,
+    "dpm++2m": solvers.dpm_solver_2m,
+    "dpm++2m-sde": partial(solvers.dpm_solver_2m, stochastic=True),
+    "unipc": solvers.unipc,
+}
+"""The names of samplers, for the flag --sampler."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,13 @@ class SamplingConfig(RunConfig):
     num_samples: int = option(10000, "images to make")
     labels: str = option("random", "classes: random, none (where the network has a null label), or a list like 0,7,7")
     balanced_labels: bool = option(False, "equal numbers of every class: sample i has class i modulo num_classes")
-    use_ddim: bool = option(False, "DDIM instead of DDPM; goes with a respacing like ddim25")
+    sampler: str = option(
+        "",
+        f"{', '.join(SAMPLERS)}; empty: ddpm, or ddim with use_ddim. dpm++2m and unipc (no noise) and dpm++2m-sde want "
+        "10 to 25 steps with --timestep_respacing logsnr20 and the like",
+        later=True,
+    )
+    use_ddim: bool = option(False, "--sampler ddim; goes with a respacing like ddim25")
     ddim_eta: float = option(0.0, "η of DDIM: 0 deterministic, 1 as random as DDPM")
     clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
     compile: bool = option(
@@ -77,10 +92,19 @@ class SamplingConfig(RunConfig):
             raise ValueError(f"num_samples: wanted 1 or more, got {self.num_samples}")
         if self.balanced_labels and self.labels != "random":
             raise ValueError("balanced_labels, labels: two ways to choose the classes; give one")
+        if self.sampler and self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: wanted {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if self.use_ddim and self.sampler not in ("", "ddim"):
+            raise ValueError(f"sampler, use_ddim: {self.sampler} is not ddim; give one of the two")
         if not 0 <= self.ddim_eta <= 1:
             raise ValueError(f"ddim_eta: wanted 0 to 1, got {self.ddim_eta}")
         if not self.model_path:
             raise ValueError("model_path: give the weights of the network, or --config configs/emoji.yaml to try")
+
+    @property
+    def sampler_name(self) -> str:
+        """The chosen sampler, of `SAMPLERS`."""
+        return self.sampler or ("ddim" if self.use_ddim else "ddpm")
 
 
 def unfilled() -> torch.device:
@@ -219,11 +243,9 @@ class Sampler:
         denoiser = self.diffusion.denoiser(self.network, config.clip_denoised)
         guided = GuidedDenoiser(denoiser, process, self.guidances, Samples(config.seed, indices))
         denoiser = with_classifier(guided, self.cond_fn) if self.cond_fn else guided
-        if config.use_ddim:
-            states = samplers.ddim(denoiser, process, noise.x_T(), condition, noise, config.ddim_eta)
-        else:
-            states = samplers.ddpm(denoiser, process, noise.x_T(), condition, noise)
-        for state in states:
+        of_ddim = {"eta": config.ddim_eta} if config.sampler_name == "ddim" else {}
+        sample = SAMPLERS[config.sampler_name]
+        for state in sample(denoiser, process, noise.x_T(), condition, noise, **of_ddim):
             yield state, guided
 
 

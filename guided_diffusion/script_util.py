@@ -26,7 +26,8 @@ from guided_diffusion.guidance.masks import (
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 from guided_diffusion.guidance.self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import SmoothedEnergyGuidance
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.process import kept_timesteps
+from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.settings import (
     NUM_CLASSES,
     ClassifierConfig,
@@ -176,9 +177,10 @@ def create_gaussian_diffusion(
         loss_type = LossType.RESCALED_KL
     else:
         loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    betas = get_named_beta_schedule(noise_schedule, steps)
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=get_named_beta_schedule(noise_schedule, steps),
+        use_timesteps=kept_timesteps(betas, timestep_respacing or [steps]),
+        betas=betas,
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
         model_var_type=var_type,
         loss_type=loss_type,

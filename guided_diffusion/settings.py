@@ -44,7 +44,10 @@ class DiffusionConfig:
     learn_sigma: bool = option(False, "the network also predicts the variance Σ")
     diffusion_steps: int = option(1000, "steps T of the training process")
     noise_schedule: str = option("linear", "linear or cosine")
-    timestep_respacing: str = option("", "steps to sample with: 250, 10,15,20 (by thirds), or ddim25; empty: all")
+    timestep_respacing: str = option(
+        "",
+        "steps to sample with: 250, 10,15,20 (by thirds), ddim25, or logsnr20 (even in log α/σ); empty: all",
+    )
     use_kl: bool = option(False, "train the variational bound")
     predict_xstart: bool = option(False, "the network predicts x_0, not ε")
     rescale_timesteps: bool = option(False, "the network sees timesteps scaled to [0, 1000)")

@@ -1,7 +1,12 @@
-"""How long things take."""
+"""How long things take, and how much memory."""
 
+import resource
+import statistics
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -33,3 +38,49 @@ def seconds_per_step(sampler: Sampler) -> tuple[float, float]:
     with torch.no_grad():
         network = timed(lambda: sampler.network(x, t, **condition))
         return network, timed(lambda: sampler.cond_fn(x, t, **condition)) if sampler.cond_fn else 0.0
+
+
+def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median time of each, one after the other in turns, after one call of each that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            spent = seconds(work)
+            if turn:
+                times[name].append(spent)
+    return {name: statistics.median(spent) for name, spent in times.items()}
+
+
+def peak_bytes() -> int:
+    """The highest memory of this process so far: the GPU's where there is one, else what is resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], arguments: tuple) -> None:
+    work = make(*arguments)
+    while pipe.recv():
+        pipe.send((seconds(work), peak_bytes()))
+
+
+def in_turns(works: dict[str, tuple], repeats: int) -> dict[str, tuple[float, int]]:
+    """The median time and the peak memory of each (maker, arguments), each in a process of its own, by turns."""
+    context = get_context("spawn")
+    pipes, found = {}, {name: [] for name in works}
+    for name, (make, *arguments) in works.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True).start()
+    for turn in range(repeats + 2):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            if turn >= 2:
+                found[name].append(pipe.recv())
+            else:
+                pipe.recv()
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {
+        name: (statistics.median(time for time, _ in seen), max(peak for _, peak in seen))
+        for name, seen in found.items()
+    }

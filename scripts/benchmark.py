@@ -1,24 +1,30 @@
 """Measure speed and memory as ratios within one run: medians of interleaved repetitions, on this machine.
 
-  python scripts/benchmark.py                           # everything that is cheap
-  python scripts/benchmark.py --only frechet,neighbours --json benchmark.json
+  python scripts/benchmark.py                            # everything, some minutes
+  python scripts/benchmark.py --only steps,network --json benchmark.json
 
+steps: sampling steps of the embedded model with each guidance, by the unguided step. network: one call of an ADM
+network against a plain path, which is kept here alone: whole attention maps, NCHW layout, the allocator as it is,
+float32 (on a GPU: float16). memory: the peak with guidance, by the unguided one. half: images of half precision against
+those of float32. merge: the samples of a run into one file.
 frechet: the Fréchet distance of 2048-dimensional features against scipy's matrix square root. neighbours: precision and
 recall of 10,000 against 10,000 features against the matrix products they need. inception: layouts of the feature
 network, and what moments cost beside it.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
-import resource
 import statistics
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MethodType
 
 import numpy as np
 import scipy.linalg
@@ -26,9 +32,43 @@ import scipy.linalg
 from evaluations.inception import ConvNorm, Inception
 from evaluations.moments import Moments, frechet_distance
 from evaluations.neighbours import BLOCK, Distances, neighbours
-from guided_diffusion.timing import seconds
+from guided_diffusion import pictures
+from guided_diffusion.attention import QKVAttention, TokenLinear
+from guided_diffusion.config import parse_args
+from guided_diffusion.parallel import start
+from guided_diffusion.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, classifier_run, image_run
+from guided_diffusion.sample_store import SampleStore, Shard
+from guided_diffusion.sampling import Sampler
+from guided_diffusion.timing import in_turns, medians, peak_bytes, seconds
 
 import torch  # isort: skip (after evaluations, which sets how its threads wait)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+EMBEDDED = ["--config", str(CONFIGS / "emoji.yaml"), "--batch_size", "16", "--timestep_respacing", "100"]
+CLASSIFIER = ["--config", str(CONFIGS / "emoji_classifier.yaml")]
+ADM64 = [
+    "--model_path",
+    "none",
+    "--image_size",
+    "64",
+    "--num_channels",
+    "96",
+    "--num_res_blocks",
+    "2",
+    "--attention_resolutions",
+    "32,16,8",
+    "--num_head_channels",
+    "48",
+    "--resblock_updown",
+    "True",
+    "--use_new_attention_order",
+    "True",
+    "--learn_sigma",
+    "True",
+    "--batch_size",
+    "4",
+]
+ADM256 = ["--config", str(CONFIGS / "adm_imagenet256_uncond.yaml"), "--batch_size", "16"]
 
 
 @dataclass(frozen=True)
@@ -42,20 +82,138 @@ class Row:
     goal: str = ""
 
 
-def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median time of each, one after the other in turns, after one call of each that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name, work in works.items():
-            spent = seconds(work)
-            if turn:
-                times[name].append(spent)
-    return {name: statistics.median(spent) for name, spent in times.items()}
+def plain(network: torch.nn.Module) -> None:
+    """Turn a network into the plain path: whole attention maps, tokens and pixels in NCHW order."""
+
+    def attend(attention: QKVAttention, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = attention.split(qkv)
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(dim=-1)
+        return (weights.to(v.dtype) @ v).transpose(-1, -2).flatten(1, 2)
+
+    network.to(memory_format=torch.contiguous_format)
+    for module in network.modules():
+        if isinstance(module, QKVAttention):
+            module.forward = MethodType(attend, module)
+        elif isinstance(module, TokenLinear):
+            module.forward = MethodType(torch.nn.Conv1d.forward, module)
 
 
-def peak_bytes() -> int:
-    """The highest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def sampler_of(argv: list[str], path: str, weights: bool) -> Sampler:
+    """A sampler of the flags. path: `ours`, or `plain`, which is the plain path."""
+    if path == "ours":
+        device = start().device
+    else:  # without start, which tunes the allocator
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    groups, build = (CLASSIFIER_GROUPS, classifier_run) if CLASSIFIER[1] in argv else (IMAGE_GROUPS, image_run)
+    sampler = build(parse_args("", groups, argv), device, weights).sampler
+    if path == "plain":
+        plain(sampler.network)
+    return sampler
+
+
+def stepping(argv: list[str], path: str, count: int) -> Callable[[], object]:
+    """What takes `count` more sampling steps of a batch."""
+    sampler = sampler_of(argv, path, weights=argv[1].endswith("emoji.yaml"))
+    states = itertools.chain.from_iterable(sampler.trajectory(range(sampler.config.batch_size)) for _ in iter(int, 1))
+    return lambda: [next(states) for _ in range(count)]
+
+
+def calling(argv: list[str], path: str) -> Callable[[], object]:
+    """What calls the network once."""
+    sampler = sampler_of(argv, path, weights=False)
+    x = torch.randn(sampler.config.batch_size, 3, sampler.side, sampler.side, device=sampler.device)
+    t = torch.zeros(len(x), dtype=torch.int64, device=sampler.device)
+    return torch.no_grad()(lambda: sampler.network(x, t))
+
+
+def steps(repeats: int) -> list[Row]:
+    """Four steps at a time, so that each turn of `--guide_every 4` holds one that computes and three that do not."""
+    off = ["--sag_scale", "0"]
+    classes = ["--labels", "random"]
+    variants = {
+        "unguided": [*EMBEDDED, *off],
+        "SAG": EMBEDDED,
+        "SAG every 2": [*EMBEDDED, "--guide_every", "2"],
+        "SAG every 4": [*EMBEDDED, "--guide_every", "4"],
+        "CFG": [*EMBEDDED, *off, *classes, "--cfg_scale", "1"],
+        "SAG + CFG": [*EMBEDDED, *classes, "--cfg_scale", "1"],
+        "CG": [*EMBEDDED, *CLASSIFIER, *off],
+    }
+    works = {name: (stepping, argv, "ours", 4) for name, argv in variants.items()}
+    works |= {f"plain path, {name}": (stepping, variants[name], "plain", 4) for name in ("unguided", "SAG")}
+    found = in_turns(works, max(20, repeats))
+    goals = {"SAG": "≤ 2.05", "SAG every 4": "≤ 1.30"}
+    unguided, _ = found.pop("unguided")
+    rows = [Row("steps", "unguided, images × steps per second", 4 * 16 / unguided, "1/s")]
+    return rows + [
+        Row("steps", f"{name} / unguided", time / unguided, goal=goals.get(name, ""))
+        for name, (time, _) in found.items()
+    ]
+
+
+def network(repeats: int) -> list[Row]:
+    """Random weights: an ADM of 57 M parameters by 4; on a GPU ImageNet's 256² by 16, the plain path in float16."""
+    gpu = torch.cuda.is_available()
+    argv, what = (ADM256, "ADM 256², batch 16") if gpu else (ADM64, "ADM 64², 57 M parameters, batch 4")
+    half = [*argv, "--use_fp16", "True"]
+    works = {
+        "plain path": (calling, half if gpu else argv, "plain"),
+        "float32": (calling, [*argv, "--use_fp16", "False"], "ours"),
+        "half precision": (calling, half, "ours"),
+        "compiled float32": (calling, [*argv, "--use_fp16", "False", "--compile", "True"], "ours"),
+        "compiled half precision": (calling, [*half, "--compile", "True"], "ours"),
+    }
+    found = in_turns(works, repeats)
+    goals = {} if gpu else {"float32": "≤ 0.95", "compiled float32": "≤ 0.70", "compiled half precision": "≤ 0.45"}
+    reference, _ = found.pop("plain path")
+    rows = [Row("network", f"{what}: plain path, seconds a call", reference, "s")]
+    return rows + [
+        Row("network", f"{name} / plain path", time / reference, goal=goals.get(name, ""))
+        for name, (time, _) in found.items()
+    ]
+
+
+def memory(repeats: int) -> list[Row]:
+    argv = ADM256 if torch.cuda.is_available() else ADM64
+    guided = [*argv, "--sag_scale", "1", "--sag_block", "output_blocks.2.1", "--guide_start", "1000"]
+    variants = {"unguided": [*argv, "--sag_scale", "0"], "SAG": guided}
+    found = in_turns({name: (stepping, flags, "ours", 1) for name, flags in variants.items()}, repeats)
+    (_, before), (_, peak) = found["unguided"], found["SAG"]
+    return [
+        Row("memory", "unguided: peak", before / 1e6, "MB"),
+        Row("memory", "SAG / unguided", peak / before, goal="≤ 1.02"),
+    ]
+
+
+def half(repeats: int) -> list[Row]:  # noqa: ARG001 (the images are the same every time)
+    """How far the images of half precision are from those of float32, in the 256 levels of a pixel."""
+
+    def images(*flags: str) -> np.ndarray:
+        sampler = sampler_of([*EMBEDDED, "--timestep_respacing", "50", *flags], "ours", weights=True)
+        *_, (state, _) = sampler.trajectory(range(16))
+        return pictures.to_uint8(state.x).astype(int)
+
+    rows = []
+    for name, flags in {"unguided": ["--sag_scale", "0"], "SAG": []}.items():
+        difference = abs(images(*flags, "--use_fp16", "True") - images(*flags))
+        within = 100 * float((difference <= 2).mean())
+        rows.append(Row("half", f"16 images, {name}, 50 steps: values within 2 levels", within, "%", "≥ 99"))
+    return rows
+
+
+def merge(repeats: int) -> list[Row]:
+    count, size = 10_000, 500
+    images = np.random.default_rng(0).integers(0, 256, (size, 64, 64, 3), dtype=np.uint8)
+    with TemporaryDirectory() as folder:
+        store = SampleStore(folder, {}, count, size, images.shape[1:], labelled=False)
+        for number in store.shards:
+            store.write(number, Shard(images, None, 1.0))
+        before = peak_bytes()
+        times = [seconds(store.merge) for _ in range(repeats)]
+    return [
+        Row("merge", "10,000 samples of 64 × 64, images per second", count / statistics.median(times), "1/s"),
+        Row("merge", "extra memory", (peak_bytes() - before) / 1e6, "MB", "no more than some shards of 6 MB"),
+    ]
 
 
 def frechet(repeats: int) -> list[Row]:
@@ -87,8 +245,8 @@ def neighbours_(repeats: int) -> list[Row]:
     def products():
         """The symmetric products of both sides with themselves, and the one across: two whole ones."""
         for left, right in ((a, b), (b, a)):
-            for start in range(0, n, BLOCK):
-                left[start : start + BLOCK] @ right.T
+            for first in range(0, n, BLOCK):
+                left[first : first + BLOCK] @ right.T
 
     before = peak_bytes()
     neighbours(a, b, Distances(centre=a.mean(dim=0)))
@@ -132,7 +290,16 @@ def inception_(repeats: int) -> list[Row]:
     return rows
 
 
-SECTIONS = {"frechet": frechet, "neighbours": neighbours_, "inception": inception_}
+SECTIONS = {
+    "steps": steps,
+    "network": network,
+    "memory": memory,
+    "half": half,
+    "merge": merge,
+    "frechet": frechet,
+    "neighbours": neighbours_,
+    "inception": inception_,
+}
 
 
 def machine() -> dict[str, object]:
@@ -168,9 +335,9 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
     rows = []
     for name in names:
-        # A process of its own, or the memory of one section would hide that of the next.
-        with get_context("spawn").Pool(1) as pool:
-            for row in pool.apply(SECTIONS[name], (args.repeats,)):
+        # A process of its own, or the memory of one section would hide that of the next. It may have children itself.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            for row in pool.submit(SECTIONS[name], args.repeats).result():
                 goal = f"   (goal {row.goal})" if row.goal else ""
                 print(f"{row.section:<11} {row.what:<64} {row.value:8.3f} {row.unit}{goal}", flush=True)
                 rows.append(row)

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "unet": {"nn", "attention"},
     "guidance": {"guidance", "process", "denoiser", "attention", "noise"},
     "samplers": {"process", "denoiser"},
+    "solvers": {"process", "denoiser", "samplers"},
     "training": {
         "training", "process", "denoiser", "nn", "attention", "unet", "config", "files", "checkpoints", "noise",
         "parallel",
@@ -41,8 +42,8 @@ MAY_IMPORT = {
         "gaussian_diffusion", "respace",
     },
     "sampling": {
-        "config", "settings", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "respace",
-        "script_util", "unet", "inspection",
+        "config", "settings", "files", "checkpoints", "noise", "process", "denoiser", "guidance", "samplers", "solvers",
+        "respace", "script_util", "unet", "inspection",
     },
     "page": set(),
     "analysis": set(),

@@ -11,13 +11,15 @@ import torch
 import yaml
 
 from guided_diffusion.config import parse_args
+from guided_diffusion.guidance.base import evaluations
 from guided_diffusion.plans import METRICS, TABLES, read_plan
 from guided_diffusion.sampling import guidances_of
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_network
 from runs import SCRIPTS
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published.json").read_text())
-PLANS = {name: read_plan(name) for name in [*PUBLISHED, "demo"]}
+OURS = ("demo", "solvers")  # of the embedded model
+PLANS = {name: read_plan(name) for name in [*PUBLISHED, *OURS]}
 RUNS = [(name, row) for name, plan in PLANS.items() for row in plan.rows if not row.missing]
 each_run = pytest.mark.parametrize(("plan", "row"), RUNS, ids=lambda part: getattr(part, "name", part))
 GROUPS = {
@@ -118,7 +120,7 @@ def test_guidance_of_every_row(plan, row):
     if classifier_scale(settings):
         with torch.device("meta"):
             build_classifier(settings.network.image_size, settings.classifier, settings.network.num_classes)
-    if plan != "demo":
+    if plan not in OURS:
         assert settings.sag.fidelity == "corrected"
         assert not any(scales[1:])
         steps = build_diffusion(settings.diffusion).num_timesteps
@@ -128,9 +130,9 @@ def test_guidance_of_every_row(plan, row):
 
 
 def test_rows_that_say_unguided_are_unguided():
-    off = ("s = 0", "unguided", "unguided, 100 steps", "with classes", "no SAG", "no guidance")
-    rows = [row for _, row in RUNS if row.label in off]
-    assert len(rows) == 12
+    off = ("s = 0", "with classes", "no SAG", "no guidance")
+    rows = [row for _, row in RUNS if row.label in off or row.label.startswith("unguided")]
+    assert len(rows) == 23
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 
@@ -145,7 +147,7 @@ def test_what_varies_is_the_x_of_a_curve(plan, row):
 
 @each_run
 def test_references(plan, row):
-    if plan == "demo":
+    if plan in OURS:
         assert Path(row.reference).is_file()
     elif plan == "table7":
         assert row.reference == ""
@@ -172,10 +174,23 @@ def test_configurations_and_plans_publish_the_same():
             assert {key: value for key, value in entry.items() if key in METRICS} in in_plans
 
 
-def test_demo_runs_the_embedded_model():
-    for row in PLANS["demo"].rows:
+@pytest.mark.parametrize("plan", OURS)
+def test_our_plans_run_the_embedded_model(plan):
+    for row in PLANS[plan].rows:
         assert Path(settings_of(row).sampling.model_path).is_file()
         assert not row.published
+
+
+def test_solvers_are_compared_at_the_network_evaluations_that_their_group_names():
+    for row in PLANS["solvers"].rows:
+        settings = settings_of(row)
+        found = evaluations(guidances(settings), build_diffusion(settings.diffusion).num_timesteps)
+        if row.group == "many":
+            assert found == (50 if "unguided" in row.label else 100)
+        elif row.group == "unguided":
+            assert row.label.endswith(f", {found}")
+        else:
+            assert PLANS["solvers"].groups[row.group].endswith(f", {found} evaluations")
 
 
 GOOD = {"title": "A plan", "config": ["emoji"], "rows": [{"name": "one", "label": "first", "x": 1, "set": {"seed": 1}}]}
@@ -245,7 +260,9 @@ def test_a_wrong_plan_is_refused_in_one_sentence(tmp_path, plan, said):
 
 
 def test_a_plan_that_is_not_there_is_answered_with_those_that_are():
-    with pytest.raises(ValueError, match=r"table12\.yaml: no such plan; there are baselines, demo, scales, table1, "):
+    with pytest.raises(
+        ValueError, match=r"table12\.yaml: no such plan; there are baselines, demo, scales, solvers, table1, "
+    ):
         read_plan("table12")
 
 

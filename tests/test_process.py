@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from guided_diffusion.denoiser import ModelMeanType, ModelVarType, NetworkDenoiser
-from guided_diffusion.process import ForwardProcess, NoiseLevels, get_named_beta_schedule, space_timesteps
+from guided_diffusion.process import (
+    NOISE_ALONE,
+    ForwardProcess,
+    NoiseLevels,
+    get_named_beta_schedule,
+    half_log_snr,
+    kept_timesteps,
+    space_timesteps,
+)
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 X0 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
@@ -58,6 +66,50 @@ def test_respacing_by_thirds():
 def test_impossible_respacing_is_refused(sections):
     with pytest.raises(ValueError, match="timestep_respacing"):
         space_timesteps(1000, sections)
+
+
+def test_half_log_snr():
+    assert half_log_snr(np.array([1.0, 0.5, 0.8, 0.0])).tolist() == [np.inf, 0, pytest.approx(np.log(2)), -np.inf]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 20, 100, 999, 1000])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_steps_evenly_spread_in_the_signal_to_noise_ratio(schedule, count):
+    betas = get_named_beta_schedule(schedule, 1000)
+    kept = sorted(kept_timesteps(betas, f"logsnr{count}"))
+    assert len(kept) == count
+    assert 0 <= kept[0] <= kept[-1] < 1000
+    assert kept[0] == 0 or count == 1
+    levels = half_log_snr(np.cumprod(1 - betas))
+    if count < 900:
+        assert levels[kept[-1]] == pytest.approx(max(levels[-1], NOISE_ALONE), abs=0.15)
+    if 1 < count < 20:
+        wanted = np.linspace(levels[0], max(levels[-1], NOISE_ALONE), count)
+        nearest = [int(np.abs(levels - level).argmin()) for level in wanted]
+        assert kept == nearest
+
+
+def test_where_the_original_steps_are_too_far_apart_all_are_kept():
+    betas = get_named_beta_schedule("linear", 1000)
+    kept = sorted(kept_timesteps(betas, "logsnr100"))
+    widths = -np.diff(half_log_snr(np.cumprod(1 - betas)))
+    even = widths.sum() / 99
+    wide = int((widths > even).argmin())
+    assert wide > 3
+    assert kept[: wide + 1] == list(range(wide + 1))
+    assert (np.diff(kept)[50:] > 3).all()
+
+
+def test_other_respacings_are_upstream_s():
+    betas = get_named_beta_schedule("linear", 300)
+    for respacing in ("25", "10,15,20", "ddim25", [300]):
+        assert kept_timesteps(betas, respacing) == space_timesteps(300, respacing)
+
+
+@pytest.mark.parametrize("respacing", ["logsnr", "logsnr0", "logsnr-1", "logsnr1001", "logsnr10,10", "logsnrx"])
+def test_impossible_numbers_of_such_steps_are_refused(respacing):
+    with pytest.raises(ValueError, match=r"timestep_respacing: .* is not logsnrN with an N from 1 to 1000"):
+        kept_timesteps(get_named_beta_schedule("linear", 1000), respacing)
 
 
 def test_respaced_process_has_the_same_noise_levels():
