@@ -40,13 +40,11 @@ def load_state_dict(path: str) -> State:
         missing = isinstance(error, FileNotFoundError)
         reason = f"no such file{_beside(file, 'ema_', 'model')}" if missing else error.strerror or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({reason})") from None
-    if file.name.startswith("model") and (ema := _beside(file, "ema_")):
-        log.warning("%s: the weights as trained; their moving average samples better%s", path, ema)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
     if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
         raise ValueError(f"{path}: a web page, not a checkpoint; its download failed")
-    return _state_of(_load_safetensors(file) if path.endswith(".safetensors") else _load_pt(file), path)
+    return _state_of(_load_safetensors(file) if path.endswith(".safetensors") else read_pt(file), path)
 
 
 def _load_safetensors(file: Path) -> State:
@@ -56,7 +54,8 @@ def _load_safetensors(file: Path) -> State:
         raise ValueError(f"{file}: not a safetensors file ({error})") from None
 
 
-def _load_pt(file: Path) -> Any:
+def read_pt(file: Path) -> Any:
+    """What a `.pt` file of tensors and plain values holds, maybe mapped from it; a ValueError if it holds more."""
     try:
         is_zip = zipfile.is_zipfile(file)
         damaged = is_zip and zipfile.ZipFile(file).testzip()
@@ -127,6 +126,8 @@ def load_into(
     the shapes of a file that does not fit what is to be said of the flags.
     """
     state = load_state_dict(path)
+    if Path(path).name.startswith("model") and (ema := _beside(Path(path), "ema_")):
+        log.warning("%s: the weights as trained; their moving average samples better%s", path, ema)
     wrong = misfit(network, state)
     if wrong:
         hint = explain({name: tensor.shape for name, tensor in state.items()}) if explain else ""

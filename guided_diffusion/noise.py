@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # The purpose of a stream and the step stand in the high words of Philox's counter, so streams never meet.
-X_T, STEP, LABEL, MASK, ORDER, CROP = range(6)
+X_T, STEP, LABEL, MASK, ORDER, CROP, TRAINING, VALIDATION, DROPOUT = range(9)
 
 _drawing = ThreadPoolExecutor(1, thread_name_prefix="noise")
 

@@ -108,7 +108,7 @@ class SamplingConfig(RunConfig):
 
 
 def unfilled() -> torch.device:
-    """A context in which networks are built without memory; `ready` fills them."""
+    """A context in which networks are built without memory; `fill` gives it to them."""
     return torch.device("meta")
 
 

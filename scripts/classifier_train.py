@@ -2,29 +2,26 @@
 
 The class of an image is the beginning of its file name (label_name.png); class i is the i-th label in sorted order, as
 for image_train.py. The diffusion must be that of the model to be guided. Everything is written to --out_dir; the same
-command goes on where it stopped. Example:
+command goes on where it stopped. Several ranks: mpiexec or torchrun, as for image_train.py. Example:
 
   python scripts/classifier_train.py --data_dir data/emoji32/train --val_data_dir data/emoji32/held_out \\
       --image_size 32 --num_classes 3 --noise_schedule cosine --batch_size 64 --iterations 3000
 """
 
 import json
-import sys
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import fields, replace
 
 import torch
-import yaml
 
 from guided_diffusion.config import exit_on_bad_input, parse_args
 from guided_diffusion.files import write_atomically
-from guided_diffusion.parallel import launch, start
+from guided_diffusion.parallel import Job, launch, start
 from guided_diffusion.sampling import resolved
 from guided_diffusion.script_util import build_classifier, build_diffusion
 from guided_diffusion.settings import ClassifierConfig, DiffusionConfig, NetworkConfig
 from guided_diffusion.training.classifier import ClassifierLoop, ClassifierTrainingConfig, accuracy_by_noise
-from guided_diffusion.training.data import ImageFolder, load_data
-from guided_diffusion.training.trainer import seed_torch
+from guided_diffusion.training.data import ImageFolder
+from guided_diffusion.training_run import batches_of, classes_of, run, write_description
 
 OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
 NOISE_LEVELS = 10
@@ -51,61 +48,45 @@ def accuracies(loop, folders, image_size):
     return found
 
 
+def report(loop: ClassifierLoop, folders: list[str], image_size: int) -> None:
+    """Write and say how often the trained network is right."""
+    found = accuracies(loop, folders, image_size)
+    write_atomically(loop.out_dir / "accuracy.json", lambda file: file.write(json.dumps(found, indent=1).encode()))
+    for folder, shares in found.items():
+        print(folder, *shares)
+    print(f"trained {loop.step} steps; the weights are {loop.out_dir}/model{loop.step:06d}.pt", flush=True)
+
+
 def main() -> None:
     groups = (ClassifierTrainingConfig, ClassifierConfig, NetworkConfig, DiffusionConfig)
     configs = parse_args(__doc__, groups, without=OF_OTHER_NETWORKS)
     training, classifier_config, network_config, diffusion_config = configs
     image_size, num_classes = network_config.image_size, network_config.num_classes
-    device = start().device
+    job = start()
     with exit_on_bad_input():
-        seed_torch(training.seed)
-        network = build_classifier(image_size, classifier_config, num_classes).to(device)
+        torch.manual_seed(training.seed)
+        network = build_classifier(image_size, classifier_config, num_classes).to(job.device)
         folders = [training.data_dir] + ([training.val_data_dir] if training.val_data_dir else [])
-        names = [ImageFolder(folder, image_size, True, False, False).class_names for folder in folders]
-        if len(names[0]) > num_classes:
-            raise ValueError(f"num_classes: {num_classes}, but data_dir has {len(names[0])} classes")
-        if names[-1] != names[0]:
-            raise ValueError(f"val_data_dir: wanted the classes {', '.join(names[0])}, got {', '.join(names[-1])}")
-        batches = [
-            load_data(
-                data_dir=folder,
-                batch_size=training.batch_size,
-                image_size=image_size,
-                class_cond=True,
-                random_crop=training.random_crop,
-                random_flip=training.random_flip,
-                num_workers=training.num_workers,
-                seed=training.seed,
-            )
-            for folder in folders
-        ]
+        classes, *others = (classes_of(folder, replace(network_config, class_cond=True)) for folder in folders)
+        if others and others[0] != classes:
+            raise ValueError(f"val_data_dir: wanted the classes {', '.join(classes)}, got {', '.join(others[0])}")
+        settings = resolved(classifier_config) | {"image_size": image_size, "num_classes": num_classes}
         loop = ClassifierLoop(
             network,
             build_diffusion(diffusion_config),
-            batches[0],
+            batches_of(training, training.data_dir, image_size, True, job),
             training,
-            batches[1] if training.val_data_dir else None,
-            classifier_config.classifier_use_fp16,
+            batches_of(training, training.val_data_dir, image_size, True, Job()) if training.val_data_dir else None,
+            use_fp16=classifier_config.classifier_use_fp16,
+            job=job,
+            settings=settings | resolved(diffusion_config),
         )
-        out_dir = Path(training.out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        # What classifier_sample.py needs to know of the classifier, after the --config of the model.
-        settings = resolved(classifier_config) | {"image_size": image_size, "num_classes": num_classes}
-        text = yaml.safe_dump(settings, sort_keys=False)
-        write_atomically(out_dir / "config.yaml", lambda file: file.write(text.encode()))
-        write_atomically(out_dir / "classes.json", lambda file: file.write(json.dumps(names[0]).encode()))
-    parameters = sum(p.numel() for p in network.parameters())
-    print(f"{parameters:,} parameters on {device}; step {loop.step} in {training.out_dir}", flush=True)
-    try:
-        loop.run()
-    except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted at step {loop.step}; the same command goes on from there\n")
-        raise SystemExit(130) from None
-    found = accuracies(loop, folders, image_size)
-    write_atomically(out_dir / "accuracy.json", lambda file: file.write(json.dumps(found, indent=1).encode()))
-    for folder, shares in found.items():
-        print(folder, *shares)
-    print(f"trained {loop.step} steps; the weights are {training.out_dir}/model{loop.step:06d}.pt", flush=True)
+        if loop.is_first:
+            # For classifier_sample.py, after the --config of the model.
+            write_description(training.out_dir, settings, classes)
+    run(loop)
+    if loop.is_first:
+        report(loop, folders, image_size)
 
 
 if __name__ == "__main__":

@@ -95,14 +95,15 @@ def test_a_missing_file_is_refused_and_what_lies_beside_it_named(tmp_path):
         load_state_dict(str(tmp_path / "model020000.pt"))
 
 
-def test_the_moving_average_beside_is_mentioned(tmp_path, caplog):
+def test_the_moving_average_beside_is_mentioned_to_who_loads_a_network(tmp_path, caplog):
+    network = torch.nn.Linear(3, 2)
     save_atomically(STATE, tmp_path / "model000010.pt")
-    load_state_dict(str(tmp_path / "model000010.pt"))
+    load_into(network, str(tmp_path / "model000010.pt"))
     assert not caplog.text
     save_atomically(STATE, tmp_path / "ema_0.99_000010.pt")
-    load_state_dict(str(tmp_path / "ema_0.99_000010.pt"))
+    load_into(network, str(tmp_path / "ema_0.99_000010.pt"))
     assert not caplog.text
-    load_state_dict(str(tmp_path / "model000010.pt"))
+    load_into(network, str(tmp_path / "model000010.pt"))
     assert "beside it: ema_0.99_000010.pt" in caplog.text
 
 

@@ -31,7 +31,10 @@ MAY_IMPORT = {
     "guidance": {"guidance", "process", "denoiser", "attention", "noise"},
     "samplers": {"process", "denoiser"},
     "solvers": {"process", "denoiser", "samplers"},
-    "training": {"training", "process", "denoiser", "nn", "attention", "unet", "config", "checkpoints", "noise"},
+    "training": {
+        "training", "process", "denoiser", "nn", "attention", "unet", "config", "files", "checkpoints", "noise",
+        "parallel",
+    },
     "gaussian_diffusion": {"process", "denoiser", "guidance", "samplers", "training"},
     "respace": {"process", "gaussian_diffusion"},
     "script_util": {
@@ -61,6 +64,9 @@ MAY_IMPORT = {
     },
     "subjects": {
         "attention", "denoiser", "guidance", "prepare", "process", "sampling", "stable_diffusion",
+    },
+    "training_run": {
+        "config", "settings", "files", "noise", "parallel", "denoiser", "pictures", "script_util", "training",
     },
     "run": {
         "config", "settings", "files", "fetch", "parallel", "sample_store", "pictures", "guidance", "samplers",

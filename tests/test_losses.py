@@ -150,8 +150,7 @@ def test_weights_of_the_second_moment_sampler():
     root = losses[:, -10:].square().mean(dim=1).sqrt().double()
     expected = 0.999 * root / root.sum() + 0.001 / 3
     np.testing.assert_allclose(sampler.probabilities(), expected, rtol=1e-6)
-    torch.manual_seed(0)
-    t, weights = sampler.sample(3000, torch.device("cpu"))
+    t, weights = sampler.sample(torch.rand(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     np.testing.assert_allclose(weights, 1 / (3 * expected[t]), rtol=1e-6)
     np.testing.assert_allclose(torch.bincount(t) / 3000, expected, atol=0.03)
 
@@ -160,6 +159,6 @@ def test_the_second_moment_sampler_is_uniform_until_every_step_has_ten_losses():
     sampler = LossSecondMomentSampler(2)
     sampler.update(torch.tensor([0] * 30 + [1] * 9), torch.arange(39.0))
     assert sampler.probabilities().tolist() == [0.5, 0.5]
-    assert sampler.sample(9, torch.device("cpu"))[1].tolist() == [1.0] * 9
+    assert sampler.sample(torch.rand(9))[1].tolist() == [1.0] * 9
     sampler.update(torch.tensor([1]), torch.tensor([1.0]))
     assert sampler.probabilities()[0] < sampler.probabilities()[1]

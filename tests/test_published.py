@@ -45,6 +45,8 @@ def test_there_is_a_configuration_for_every_published_checkpoint():
 def test_the_network_has_the_published_tensors(name):
     network, _ = build(name)
     assert {key: list(tensor.shape) for key, tensor in network.state_dict().items()} == PUBLISHED[name]
+    # An optimizer of upstream numbers its parameters in this order.
+    assert list(dict(network.named_parameters())) == list(PUBLISHED[name])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

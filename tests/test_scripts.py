@@ -262,7 +262,7 @@ def test_training_then_sampling(tmp_path):
     }  # fmt: skip
     run("image_train", **flags)
     assert {path.name for path in out_dir.iterdir()} == {
-        "checkpoint.pt", "classes.json", "config.yaml", "ema_0.9999_000003.pt"
+        "checkpoint.pt", "classes.json", "config.yaml", "model000003.pt", "ema_0.9999_000003.pt"
     }  # fmt: skip
     assert json.loads((out_dir / "classes.json").read_text()) == ["a", "b"]
     run(
@@ -273,15 +273,15 @@ def test_training_then_sampling(tmp_path):
 
 
 def test_training_begins_with_weights_from_elsewhere(weights, tmp_path):
-    """A plain state dict under upstream's names; the file that training leaves is one again."""
+    """A plain state dict under upstream's names, of the step it says; the file that training leaves is one again."""
     Image.new("RGB", (32, 32)).save(tmp_path / "0_a.png")
     given = torch.load(weights / "network.pt", weights_only=True)
     torch.save(given, tmp_path / "model010000.pt")
     run(
-        "image_train", **NETWORK, data_dir=tmp_path, out_dir=tmp_path / "run", batch_size=1, lr_anneal_steps=1,
+        "image_train", **NETWORK, data_dir=tmp_path, out_dir=tmp_path / "run", batch_size=1, lr_anneal_steps=10001,
         lr=1e-9, resume_checkpoint=tmp_path / "model010000.pt",
     )  # fmt: skip
-    left = torch.load(tmp_path / "run" / "ema_0.9999_000001.pt", weights_only=True)
+    left = torch.load(tmp_path / "run" / "ema_0.9999_010001.pt", weights_only=True)
     assert list(left) == list(given)
     for name, tensor in given.items():
         torch.testing.assert_close(left[name], tensor, atol=1e-6, rtol=0)

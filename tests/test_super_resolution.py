@@ -43,7 +43,7 @@ def test_training_then_upsampling(flags, tmp_path):
     assert "trained 3 steps" in done.stdout
     ema = flags["out_dir"] / "ema_0.9999_000003.pt"
     assert {path.name for path in flags["out_dir"].iterdir()} == {
-        "checkpoint.pt", "classes.json", "config.yaml", ema.name
+        "checkpoint.pt", "classes.json", "config.yaml", "model000003.pt", ema.name
     }  # fmt: skip
     assert json.loads((flags["out_dir"] / "classes.json").read_text()) == ["a", "b"]
     state = torch.load(ema, weights_only=True)
@@ -65,14 +65,14 @@ def test_training_then_upsampling(flags, tmp_path):
 def test_the_network_sees_its_own_image_made_small(flags, monkeypatch):
     seen = []
     losses = TrainLoop._losses
-    monkeypatch.setattr(TrainLoop, "_losses", lambda *batch: (seen.append(batch[1:]), losses(*batch))[1])
+    monkeypatch.setattr(TrainLoop, "_losses", lambda loop, rows: (seen.append(rows), losses(loop, rows))[1])
     run("super_res_train", **flags | {"lr_anneal_steps": 1, "microbatch": 1})
     assert len(seen) == 2
-    for x0, condition in seen:
-        assert x0.shape == (1, 3, 64, 64)
-        assert condition["low_res"].shape == (1, 3, 16, 16)
-        means = x0.unflatten(3, (16, 4)).unflatten(2, (16, 4)).mean(dim=(3, 5))
-        torch.testing.assert_close(condition["low_res"], means)
+    for rows in seen:
+        assert rows.x0.shape == (1, 3, 64, 64)
+        assert rows.condition["low_res"].shape == (1, 3, 16, 16)
+        means = rows.x0.unflatten(3, (16, 4)).unflatten(2, (16, 4)).mean(dim=(3, 5))
+        torch.testing.assert_close(rows.condition["low_res"], means)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Training of noisy-image classifiers (Dhariwal & Nichol 2021), and how often they are right by noise level."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_diffusion.config import option
+from guided_diffusion.noise import VALIDATION
+from guided_diffusion.parallel import Job
 from guided_diffusion.process import ForwardProcess
-from guided_diffusion.training.trainer import Trainer, TrainerConfig
-
-Batches = Iterator[tuple[Tensor, dict[str, Tensor]]]
+from guided_diffusion.training.draws import Draws, Rows
+from guided_diffusion.training.trainer import Batches, Trainer, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ClassifierTrainingConfig(TrainerConfig):
     iterations: int = option(150000, "steps to train")
     lr: float = option(3e-4, "learning rate of AdamW")
     anneal_lr: bool = option(False, "let the learning rate fall to 0")
-    batch_size: int = option(4, "images per step")
+    batch_size: int = option(4, "images per step, of all ranks together")
     random_crop: bool = option(True, "crop at a random place and scale")
     log_interval: int = option(10, "steps between lines of the log")
     eval_interval: int = option(5, "steps between validations, each on one batch")
@@ -48,7 +49,8 @@ class ClassifierTrainingConfig(TrainerConfig):
 class ClassifierLoop(Trainer):
     """Train by the cross-entropy of the class at noised images; leaves modelSTEP.pt, upstream's name.
 
-    val_data: batches to validate on every `eval_interval` steps. The log has `loss`, `acc@1` and `val_…`.
+    val_data: batches, by the number of the validation, to validate on every `eval_interval` steps, on the first rank.
+    The log has `loss`, `acc@1` and `val_…`.
     """
 
     def __init__(
@@ -59,41 +61,41 @@ class ClassifierLoop(Trainer):
         config: ClassifierTrainingConfig,
         val_data: Batches | None = None,
         use_fp16: bool = False,
+        job: Job | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
         self.process = diffusion.process
-        self.val_data = val_data
-        super().__init__(network, data, config, self.process.num_timesteps, use_fp16)
+        self.val_draws = Draws(config.seed, purpose=VALIDATION)
+        # Clean images are those of the first timestep alone.
+        num_timesteps = self.process.num_timesteps if config.noised else 1
+        super().__init__(network, data, config, num_timesteps, use_fp16, job, settings)
+        self.val_data = val_data(self.step // config.eval_interval) if val_data and self.is_first else None
 
-    def _train_step(self, images: Tensor, condition: dict[str, Tensor]) -> dict[str, float]:
-        means = super()._train_step(images, condition)
-        if self.val_data is not None and self.step % self.config.eval_interval == 0:
-            images, condition = next(self.val_data)
-            self.network.eval()
-            with torch.no_grad():
-                losses, _, _ = self._measure(images.to(self.device), condition["y"].to(self.device))
-            self.network.train()
-            means |= {f"val_{name}": float(value.mean()) for name, value in losses.items()}
-        return means
+    def _follow_up(self) -> None:
+        if self.val_data and self.step % self.config.eval_interval == 0:
+            self._validate(self.step // self.config.eval_interval)
+        super()._follow_up()
 
-    def _losses(self, x0: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        losses, t, weights = self._measure(x0, condition["y"])
-        self.schedule_sampler.update(t, losses["loss"].detach())
-        return {**losses, "weighted": losses["loss"] * weights}
+    def _validate(self, number: int) -> None:
+        rows = self.rows(*next(self.val_data), self.val_draws, number)
+        self.network.eval()
+        with torch.no_grad():
+            losses = self._measure(self.network, rows)
+        self.network.train()
+        losses = {f"val_{name}": values.cpu() for name, values in losses.items()}
+        self.progress.add_losses(losses, rows.t.cpu(), self.num_timesteps)
 
-    def _measure(self, x0: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Loss and accuracy [N] at timesteps that are drawn, those steps [N], and their weights [N]."""
-        if self.config.noised:
-            t, weights = self.schedule_sampler.sample(len(x0), self.device)
-            x = self.process.q_sample(x0, t, torch.randn_like(x0))
-        else:
-            t, weights, x = torch.zeros_like(y), torch.ones(len(x0), device=self.device), x0
+    def _losses(self, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+        losses = self._measure(self.shared_network, rows)
+        return losses, losses["loss"]
+
+    def _measure(self, network: nn.Module, rows: Rows) -> dict[str, Tensor]:
+        """Loss and accuracy, [n] each."""
+        x = self.process.q_sample(rows.x0, rows.t, rows.noise) if self.config.noised else rows.x0
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            logits = self.network(x, self.process.network_timesteps(t)).float()
-        loss = F.cross_entropy(logits, y, reduction="none")
-        return {"loss": loss, "acc@1": (logits.argmax(dim=1) == y).float()}, t, weights
-
-    def _weights(self) -> dict[str, dict[str, Tensor]]:
-        return {f"model{self.step:06d}.pt": self.network.state_dict()}
+            logits = network(x, self.process.network_timesteps(rows.t)).float()
+        loss = F.cross_entropy(logits, rows.condition["y"], reduction="none")
+        return {"loss": loss, "acc@1": (logits.argmax(dim=1) == rows.condition["y"]).float()}
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Training of diffusion models."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from torch import Tensor, nn
 
 from guided_diffusion.config import option, parse_value
 from guided_diffusion.denoiser import ModelMeanType
-from guided_diffusion.training.trainer import Trainer, TrainerConfig
+from guided_diffusion.parallel import Job
+from guided_diffusion.training.draws import Rows
+from guided_diffusion.training.trainer import Batches, Trainer, TrainerConfig
+
+Sample = Callable[[nn.Module, Path], None]
+"""Draws samples of a network and writes them to a file."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +31,14 @@ class TrainingConfig(TrainerConfig):
         "predicts x_0 (Salimans & Ho 2022); 0: by SNR for ε, by 1 for x_0",
     )
     label_dropout: float = option(0.0, "share of images trained without their label (needs null_label)")
+    sample_interval: int = option(
+        0, "steps between samples_STEP.png: 16 images of the first moving average, always of the same noise; 0: never"
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.sample_interval < 0:
+            raise ValueError(f"sample_interval: wanted 0 or more, got {self.sample_interval}")
         if self.snr_gamma and not self.snr_gamma >= 1:
             raise ValueError(f"snr_gamma: wanted 1 or more, or 0 for none, got {self.snr_gamma}")
         for name, share in [("label_dropout", self.label_dropout), *(("ema_rate", rate) for rate in self.ema_rates)]:
@@ -52,38 +63,46 @@ class TrainingConfig(TrainerConfig):
 
 
 class TrainLoop(Trainer):
-    """Train by `diffusion.training_losses`; leaves the EMA as ema_RATE_STEP.pt, upstream's name.
+    """Train by `diffusion.training_losses`; leaves modelSTEP.pt and the averages ema_RATE_STEP.pt, upstream's names.
 
-    null_label: what a dropped label becomes.
+    null_label: what a dropped label becomes. sample: writes samples of a network every `sample_interval` steps.
     """
 
     def __init__(
         self,
         network: nn.Module,
         diffusion: Any,
-        data: Iterator[tuple[Tensor, dict[str, Tensor]]],
+        data: Batches,
         config: TrainingConfig,
         null_label: int | None = None,
         use_fp16: bool = False,
+        job: Job | None = None,
+        settings: Mapping[str, Any] | None = None,
+        sample: Sample | None = None,
     ):
         if config.label_dropout and null_label is None:
             raise ValueError("label_dropout: needs class_cond and null_label")
         self.diffusion = diffusion
         self.null_label = null_label
-        super().__init__(network, data, config, diffusion.num_timesteps, use_fp16)
+        self.sample = sample
+        super().__init__(network, data, config, diffusion.num_timesteps, use_fp16, job, settings)
 
-    def _losses(self, x0: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _losses(self, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+        condition = rows.condition
         if self.config.label_dropout:
-            dropped = torch.rand(len(x0), device=self.device) < self.config.label_dropout
+            dropped = rows.uniform < self.config.label_dropout
             condition = {**condition, "y": condition["y"].masked_fill(dropped, self.null_label)}
-        t, weights = self.schedule_sampler.sample(len(x0), self.device)
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            losses = self.diffusion.training_losses(self.network, x0, t, condition)
-        self.schedule_sampler.update(t, losses["loss"].detach())
-        weighted = losses["loss"]
-        if self.config.snr_gamma:
-            weighted = losses["mse"] * self._snr_weights(t) + losses.get("vb", 0)
-        return {**losses, "weighted": weighted * weights}
+            losses = self.diffusion.training_losses(self.shared_network, rows.x0, rows.t, condition, rows.noise)
+        if not self.config.snr_gamma:
+            return losses, losses["loss"]
+        return losses, losses["mse"] * self._snr_weights(rows.t) + losses.get("vb", 0)
+
+    def _follow_up(self) -> None:
+        super()._follow_up()
+        if self.sample and self.config.sample_interval and self.step % self.config.sample_interval == 0:
+            first = self.emas[self.config.ema_rates[0]]
+            self.sample(first, self.out_dir / f"samples_{self.step:06d}.png")
 
     def _snr_weights(self, t: Tensor) -> Tensor:
         alpha_bar = self.diffusion.process.at("alphas_cumprod", t, t)
@@ -91,6 +110,3 @@ class TrainLoop(Trainer):
         if self.diffusion.model_mean_type is ModelMeanType.START_X:
             return snr.clamp(1, self.config.snr_gamma)
         return snr.clamp(max=self.config.snr_gamma) / snr
-
-    def _weights(self) -> dict[str, dict[str, Tensor]]:
-        return {f"ema_{rate}_{self.step:06d}.pt": ema.state_dict() for rate, ema in self.emas.items()}

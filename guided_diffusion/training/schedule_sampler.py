@@ -10,10 +10,9 @@ class UniformSampler:
     def __init__(self, num_timesteps: int):
         self.num_timesteps = num_timesteps
 
-    def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Steps [N] int64 and the weights [N] of their losses (all 1)."""
-        t = torch.randint(0, self.num_timesteps, (batch_size,), device=device)
-        return t, torch.ones(batch_size, device=device)
+    def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps [N] int64 of uniform numbers [N] float64 in [0, 1), and the weights [N] of their losses (all 1)."""
+        return (uniform * self.num_timesteps).long(), torch.ones(len(uniform))
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Nothing is learned from losses."""
@@ -43,14 +42,14 @@ class LossSecondMomentSampler:
         weights = self.losses.square().mean(dim=1).sqrt()
         return (1 - self.UNIFORM_SHARE) * weights / weights.sum() + self.UNIFORM_SHARE / self.num_timesteps
 
-    def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Steps [N] int64 and the weights [N] that keep the expected loss the same."""
+    def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps [N] int64 of uniform numbers [N], and the weights [N] that keep the expected loss the same."""
         p = self.probabilities()
-        t = torch.multinomial(p, batch_size, replacement=True)
-        return t.to(device), (1 / (self.num_timesteps * p[t])).float().to(device)
+        t = torch.searchsorted(p.cumsum(dim=0), uniform, right=True).clamp(max=self.num_timesteps - 1)
+        return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the losses [N] of steps [N]."""
+        """Remember the losses [N] of steps [N], those of all ranks, so that all keep the same history."""
         for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
             self.losses[step, self.counts[step] % self.HISTORY] = loss
             self.counts[step] += 1
@@ -59,7 +58,9 @@ class LossSecondMomentSampler:
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.losses, self.counts = state["losses"], state["counts"]
+        """Take over a history, unless it is of another sampler or number of steps: then begin anew."""
+        if state and state["losses"].shape == self.losses.shape:
+            self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
 
 
 def create_named_schedule_sampler(name: str, num_timesteps: int) -> UniformSampler | LossSecondMomentSampler:

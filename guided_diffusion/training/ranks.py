@@ -1,0 +1,80 @@
+"""The ranks of a training: one network on all, each with its rows of the batch."""
+
+import itertools
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from guided_diffusion.parallel import Job
+
+TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for rank 0, which alone saves, validates and samples."""
+
+_numbers = itertools.count()
+
+
+class Ranks:
+    """What ranks do together, each on its device; a process alone needs no process group for it."""
+
+    def __init__(self, job: Job, device: torch.device):
+        self._job, self._device = job, device
+        self._key = f"training {next(_numbers)}"  # every rank makes the trainings of a job in the same order
+        if self._job.size > 1 and not dist.is_initialized():
+            # NCCL refuses two ranks on one GPU.
+            own_gpu = device.type == "cuda" and job.local_size <= torch.cuda.device_count()
+            dist.init_process_group(
+                "nccl" if own_gpu else "gloo",
+                store=dist.PrefixStore(self._key, job.store),
+                rank=job.rank,
+                world_size=job.size,
+                timeout=TIMEOUT,
+            )
+
+    def share(self, network: nn.Module) -> nn.Module:
+        """The network with rank 0's weights whose gradients are means over all ranks."""
+        if self._job.size == 1:
+            return network
+        devices = [self._device] if self._device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=devices)
+
+    def exchange(self, shared: nn.Module, of_gradients: bool) -> AbstractContextManager:
+        """Whether a backward pass inside takes the means over the ranks: for the last part of a batch only."""
+        return nullcontext() if of_gradients or self._job.size == 1 else shared.no_sync()
+
+    def gather(self, columns: Tensor) -> Tensor:
+        """[k, n] of every rank as [k, size · n] on the CPU of all, in the order of ranks."""
+        if self._job.size == 1:
+            return columns.cpu()
+        found = [torch.empty_like(columns) for _ in range(self._job.size)]
+        dist.all_gather(found, columns)
+        return torch.cat(found, dim=1).cpu()
+
+    def leave(self) -> None:
+        """Wait for all, rank 0's files included, and end the process group."""
+        self._job.leave_together(f"{self._key}/end")
+        if self._job.size > 1:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def signals_kept() -> Iterator[list[int]]:
+    """The numbers of SIGTERM and SIGINT that came meanwhile, instead of what they do; a second one does it."""
+    came: list[int] = []
+
+    def keep(number: int, _frame: Any) -> None:
+        came.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, keep) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
