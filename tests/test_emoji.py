@@ -82,4 +82,4 @@ def test_benchmark_refuses_what_it_does_not_know(capsys):
     with pytest.raises(SystemExit) as stop:
         run("benchmark", only="nothing")
     assert stop.value.code == 2
-    assert "wanted some of frechet" in capsys.readouterr().err
+    assert "wanted some of steps, network, " in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """What makes the networks fast changes nothing they say: memory layout, kept memory, half precision, compilation."""
 
+import runpy
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch.nn.functional as F
 from conftest import randomised
 from guided_diffusion.attention import TokenLinear, attention_blocks, record_attention
 from guided_diffusion.sampling import make_ready
+from guided_diffusion.timing import in_turns
 from guided_diffusion.unet import UNetModel
+from runs import SCRIPTS
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([3, 700])
@@ -88,3 +92,19 @@ def test_freed_memory_is_used_again(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     [fresh] = map(int, subprocess.check_output([sys.executable, "-c", PAGES]).split())
     assert fresh > 1000
+
+
+def stretched(milliseconds):
+    return lambda: time.sleep(milliseconds / 1000)
+
+
+def test_works_take_turns_in_processes_of_their_own():
+    found = in_turns({"short": (stretched, 1), "long": (stretched, 40)}, repeats=3)
+    assert found["long"][0] >= 0.04 > found["short"][0]
+    assert all(peak > 1e6 for _, peak in found.values())
+
+
+def test_the_plain_path_of_the_benchmark_says_the_same(any_order):
+    before = any_order(X, T)
+    runpy.run_path(str(SCRIPTS / "benchmark.py"))["plain"](any_order)
+    torch.testing.assert_close(any_order(X, T), before, rtol=1e-5, atol=1e-5)
