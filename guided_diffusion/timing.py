@@ -65,21 +65,30 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], argument
 
 
 def in_turns(works: dict[str, tuple], repeats: int) -> dict[str, tuple[float, int]]:
-    """The median time and the peak memory of each (maker, arguments), each in a process of its own, by turns."""
+    """The median time and the peak memory of each (maker, arguments), each in a process of its own, by turns.
+
+    A RuntimeError names what ended early.
+    """
     context = get_context("spawn")
-    pipes, found = {}, {name: [] for name in works}
+    pipes, processes, found = {}, [], {name: [] for name in works}
     for name, (make, *arguments) in works.items():
         pipes[name], theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True).start()
+        processes.append(context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True))
+        processes[-1].start()
+        theirs.close()
     for turn in range(repeats + 2):
         for name, pipe in pipes.items():
-            pipe.send(True)
+            try:
+                pipe.send(True)
+                seen = pipe.recv()
+            except (EOFError, OSError):
+                raise RuntimeError(f"{name}: its process ended early; what it said is above") from None
             if turn >= 2:
-                found[name].append(pipe.recv())
-            else:
-                pipe.recv()
+                found[name].append(seen)
     for pipe in pipes.values():
         pipe.send(False)
+    for process in processes:
+        process.join()
     return {
         name: (statistics.median(time for time, _ in seen), max(peak for _, peak in seen))
         for name, seen in found.items()

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from torch import nn
 
 from guided_diffusion import pictures
-from guided_diffusion.config import BadInput
+from guided_diffusion.config import BadInput, exit_on_bad_input
 from guided_diffusion.denoiser import Condition
 from guided_diffusion.files import write_atomically
 from guided_diffusion.noise import SampleNoise
@@ -19,6 +20,7 @@ from guided_diffusion.parallel import Job
 from guided_diffusion.script_util import build_diffusion
 from guided_diffusion.settings import DiffusionConfig, NetworkConfig
 from guided_diffusion.training.data import class_names, list_image_files, load_data
+from guided_diffusion.training.loop import TrainingConfig, TrainLoop
 from guided_diffusion.training.trainer import Batches, Trainer, TrainerConfig
 
 SAMPLES = 16
@@ -57,7 +59,7 @@ def null_label(network: NetworkConfig) -> int | None:
 
 
 def write_description(out_dir: str, settings: dict[str, Any], classes: Sequence[str]) -> None:
-    """Leave what a sampler needs to know of the network, config.yaml, and the names of its classes, classes.json."""
+    """Leave what a sampler's --config reads of the network, config.yaml, and its classes' names, classes.json."""
     text = yaml.safe_dump(settings, sort_keys=False)
     write_atomically(Path(out_dir) / "config.yaml", lambda file: file.write(text.encode()))
     if classes:
@@ -78,6 +80,46 @@ def run(loop: Trainer) -> None:
         if loop.is_first:
             sys.stderr.write(f"stopped at step {loop.step}; the same command goes on from there\n")
         raise SystemExit(128 + stopped)
+
+
+def train_diffusion(
+    network: nn.Module,
+    batches: Batches,
+    configs: tuple[TrainingConfig, NetworkConfig, DiffusionConfig],
+    settings: dict[str, Any],
+    classes: Sequence[str],
+    condition: Condition,
+    job: Job,
+) -> None:
+    """Train a diffusion network, and leave its description beside the weights.
+
+    configs: image_size of the network's is that of its samples. settings: what rebuilds the network and its diffusion.
+    condition: of the samples on the way.
+    """
+    training, network_config, diffusion_config = configs
+    with exit_on_bad_input():
+        loop = TrainLoop(
+            network.to(job.device),
+            build_diffusion(diffusion_config),
+            batches,
+            training,
+            null_label=null_label(network_config),
+            use_fp16=network_config.use_fp16,
+            job=job,
+            settings=settings,
+            sample=partial(
+                sample_grid,
+                diffusion=diffusion_config,
+                image_size=network_config.image_size,
+                condition=condition,
+                seed=training.seed,
+            ),
+        )
+        if loop.is_first:
+            write_description(training.out_dir, settings, classes)
+    run(loop)
+    if loop.is_first:
+        print(f"trained {loop.step} steps; the moving averages are {training.out_dir}/ema_….pt", flush=True)
 
 
 def sample_grid(

@@ -14,6 +14,7 @@ from guided_diffusion.nn import Downsample, GroupNorm32, Upsample, timestep_embe
 
 log = logging.getLogger(__name__)
 
+TORSO = ("input_blocks.", "middle_block.", "output_blocks.")
 RECOMPILE_LIMIT = 1024
 """Blocks times batch sizes that may be compiled before torch goes on uncompiled; its own limit is 8."""
 
@@ -134,10 +135,6 @@ class _Network(nn.Module):
 
     input_blocks: nn.ModuleList
 
-    def torso(self) -> list[nn.Module]:
-        """What computes in half precision, if anything does."""
-        raise NotImplementedError
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the torso computes."""
@@ -145,10 +142,9 @@ class _Network(nn.Module):
 
     def convert_to(self, dtype: torch.dtype) -> None:
         """Compute the torso in float16 (GPU only) or bfloat16; embeddings, normalisation and output stay in float32."""
-        for part in self.torso():
-            for module in part.modules():
-                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                    module.to(dtype)
+        for name, module in self.named_modules():
+            if name.startswith(TORSO) and isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                module.to(dtype)
 
     def compile_blocks(self) -> None:
         """Compile the residual blocks, once for each shape; the attention between them stays open to hooks."""
@@ -237,9 +233,6 @@ class UNetModel(_Network):
         self.out = nn.Sequential(
             GroupNorm32(ch), nn.SiLU(), zero_module(nn.Conv2d(widths[0], out_channels, 3, padding=1))
         )
-
-    def torso(self) -> list[nn.Module]:
-        return [self.input_blocks, self.middle_block, self.output_blocks]
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         if (y is None) != (self.num_classes is None):
@@ -335,9 +328,6 @@ class EncoderUNetModel(_Network):
             self.out = nn.Sequential(*hidden, nn.Linear(2048, out_channels))
         else:
             raise ValueError(f"classifier_pool: {pool!r} is none of adaptive, attention, spatial, spatial_v2")
-
-    def torso(self) -> list[nn.Module]:
-        return [self.input_blocks, self.middle_block]
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))

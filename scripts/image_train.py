@@ -2,6 +2,7 @@
 
 The class of an image is the beginning of its file name (label_name.png), where --class_cond is on.
 Everything is written to --out_dir; the same command goes on where it stopped, also with another number of ranks.
+To sample: image_sample.py --config OUT_DIR/config.yaml --model_path OUT_DIR/ema_….pt
 Examples:
 
   python scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji --image_size 32 --batch_size 64
@@ -9,59 +10,30 @@ Examples:
   torchrun --nproc_per_node 2 scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji ...
 """
 
-from functools import partial
-
 import torch
 
 from guided_diffusion.config import exit_on_bad_input, parse_args
 from guided_diffusion.parallel import launch, start
 from guided_diffusion.sampling import resolved
-from guided_diffusion.script_util import build_diffusion, build_network
+from guided_diffusion.script_util import build_network
 from guided_diffusion.settings import DiffusionConfig, NetworkConfig
-from guided_diffusion.training.loop import TrainingConfig, TrainLoop
-from guided_diffusion.training_run import (
-    SAMPLES,
-    batches_of,
-    classes_of,
-    null_label,
-    run,
-    sample_grid,
-    write_description,
-)
+from guided_diffusion.training.loop import TrainingConfig
+from guided_diffusion.training_run import SAMPLES, batches_of, classes_of, train_diffusion
 
 
 def main() -> None:
-    training, network_config, diffusion_config = parse_args(__doc__, (TrainingConfig, NetworkConfig, DiffusionConfig))
+    configs = parse_args(__doc__, (TrainingConfig, NetworkConfig, DiffusionConfig))
+    training, network_config, diffusion_config = configs
     job = start()
     with exit_on_bad_input():
-        image_size, class_cond = network_config.image_size, network_config.class_cond
         classes = classes_of(training.data_dir, network_config)
         torch.manual_seed(training.seed)
-        network = build_network(network_config, diffusion_config.learn_sigma).to(job.device)
+        network = build_network(network_config, diffusion_config.learn_sigma)
         settings = resolved(network_config, diffusion_config)
-        loop = TrainLoop(
-            network,
-            build_diffusion(diffusion_config),
-            batches_of(training, training.data_dir, image_size, class_cond, job),
-            training,
-            null_label=null_label(network_config),
-            use_fp16=network_config.use_fp16,
-            job=job,
-            settings=settings,
-            sample=partial(
-                sample_grid,
-                diffusion=diffusion_config,
-                image_size=image_size,
-                condition={"y": torch.arange(SAMPLES) % len(classes)} if classes else {},
-                seed=training.seed,
-            ),
-        )
-        if loop.is_first:
-            # For image_sample.py --config OUT_DIR/config.yaml --model_path OUT_DIR/ema_….pt
-            write_description(training.out_dir, settings, classes)
-    run(loop)
-    if loop.is_first:
-        print(f"trained {loop.step} steps; the moving averages are {training.out_dir}/ema_….pt", flush=True)
+    image_size, class_cond = network_config.image_size, network_config.class_cond
+    batches = batches_of(training, training.data_dir, image_size, class_cond, job)
+    condition = {"y": torch.arange(SAMPLES) % len(classes)} if classes else {}
+    train_diffusion(network, batches, configs, settings, classes, condition, job)
 
 
 if __name__ == "__main__":

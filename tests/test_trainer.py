@@ -109,6 +109,20 @@ def test_label_dropout_reaches_the_null_label(tmp_path):
     assert 8 < seen.count(2) < 32
 
 
+def test_noise_jitter_scales_the_noise_of_half_of_the_rows(tmp_path):
+    loop = loop_of(tmp_path, noise_jitter=0.25)
+    factors = []
+    for step in range(400):
+        rows = loop.rows(IMAGES, {}, loop.draws, step)
+        factors.append(loop._noise(rows).flatten(1).norm(dim=1) / rows.noise.flatten(1).norm(dim=1))
+    logs = torch.cat(factors).log()
+    scaled = logs[logs.abs() > 1e-6]
+    assert len(scaled) / len(logs) == pytest.approx(0.5, abs=0.04)
+    assert 0.24 < scaled.max() < 0.2501
+    assert -0.2501 < scaled.min() < -0.24
+    assert float(scaled.std()) == pytest.approx(0.25 / 3**0.5, abs=0.01)
+
+
 def test_label_dropout_needs_a_null_label(tmp_path):
     network, diffusion = create_model_and_diffusion(image_size=32, num_channels=32, num_res_blocks=1)
     with pytest.raises(ValueError, match="null_label"):

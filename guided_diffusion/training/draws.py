@@ -18,9 +18,9 @@ Drawn = tuple[Tensor, Tensor]
 class Draws:
     """What is drawn for rows `first`, `first + 1`, … of the global batch.
 
-    Calling it with a step and the images' shape [n, C, H, W] gives uniform numbers [2, n] float64 in [0, 1), the first
-    row for timesteps, and standard normal noise of that shape, float32; all on the CPU. The next step's are then begun
-    in another thread.
+    Calling it with a step and the images' shape [n, C, H, W] gives uniform numbers [3, n] float64 in [0, 1), for
+    timesteps, dropped labels and the strength of the noise, and standard normal noise of that shape, float32; all on
+    the CPU. The next step's are then begun in another thread.
     """
 
     def __init__(self, seed: int, first: int = 0, purpose: int = TRAINING):
@@ -34,11 +34,12 @@ class Draws:
         return drawn
 
     def _draw(self, step: int, shape: Sequence[int]) -> Drawn:
-        uniform, noise = np.empty((shape[0], 2)), np.empty(shape, dtype=np.float32)
+        uniform, noise = np.empty((shape[0], 3)), np.empty(shape, dtype=np.float32)
         for row in range(shape[0]):
             stream = generator(self._seed, self._first + row, self._purpose, step)
-            stream.random(out=uniform[row])
+            stream.random(out=uniform[row, :2])
             stream.standard_normal(dtype=np.float32, out=noise[row])
+            uniform[row, 2] = stream.random()
         return torch.from_numpy(uniform.T.copy()), torch.from_numpy(noise)
 
 
@@ -52,7 +53,7 @@ class Rows:
     """Rows of a batch with what was drawn for them, on the network's device.
 
     x0, noise: [n, C, H, W]; condition: by name, rows first; t: [n] steps, and the weights [n] of their losses;
-    uniform: [n] in [0, 1).
+    for_label, for_noise: [n] in [0, 1), by which labels are dropped and the noise is scaled.
     """
 
     x0: Tensor
@@ -60,7 +61,8 @@ class Rows:
     t: Tensor
     weights: Tensor
     noise: Tensor
-    uniform: Tensor
+    for_label: Tensor
+    for_noise: Tensor
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -69,4 +71,5 @@ class Rows:
         """`size` rows from `start` on, or what there is of them."""
         part = slice(start, start + size)
         condition = {name: values[part] for name, values in self.condition.items()}
-        return Rows(self.x0[part], condition, self.t[part], self.weights[part], self.noise[part], self.uniform[part])
+        drawn = (self.t, self.weights, self.noise, self.for_label, self.for_noise)
+        return Rows(self.x0[part], condition, *(values[part] for values in drawn))

@@ -30,6 +30,11 @@ class TrainingConfig(TrainerConfig):
         "weigh the squared error of x̂_0 by min(SNR, γ) (Hang et al. 2023), and by at least 1 where the network "
         "predicts x_0 (Salimans & Ho 2022); 0: by SNR for ε, by 1 for x_0",
     )
+    noise_jitter: float = option(
+        0.0,
+        "in half of the images multiply the noise by exp(U(−J, J)) at the same timestep, so that the network learns to "
+        "read the noise from the picture; 0: never",
+    )
     label_dropout: float = option(0.0, "share of images trained without their label (needs null_label)")
     sample_interval: int = option(
         0, "steps between samples_STEP.png: 16 images of the first moving average, always of the same noise; 0: never"
@@ -39,6 +44,8 @@ class TrainingConfig(TrainerConfig):
         super().__post_init__()
         if self.sample_interval < 0:
             raise ValueError(f"sample_interval: wanted 0 or more, got {self.sample_interval}")
+        if not 0 <= self.noise_jitter <= 1:
+            raise ValueError(f"noise_jitter: wanted 0 to 1, got {self.noise_jitter}")
         if self.snr_gamma and not self.snr_gamma >= 1:
             raise ValueError(f"snr_gamma: wanted 1 or more, or 0 for none, got {self.snr_gamma}")
         for name, share in [("label_dropout", self.label_dropout), *(("ema_rate", rate) for rate in self.ema_rates)]:
@@ -90,13 +97,21 @@ class TrainLoop(Trainer):
     def _losses(self, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
         condition = rows.condition
         if self.config.label_dropout:
-            dropped = rows.uniform < self.config.label_dropout
+            dropped = rows.for_label < self.config.label_dropout
             condition = {**condition, "y": condition["y"].masked_fill(dropped, self.null_label)}
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            losses = self.diffusion.training_losses(self.shared_network, rows.x0, rows.t, condition, rows.noise)
+            losses = self.diffusion.training_losses(self.shared_network, rows.x0, rows.t, condition, self._noise(rows))
         if not self.config.snr_gamma:
             return losses, losses["loss"]
         return losses, losses["mse"] * self._snr_weights(rows.t) + losses.get("vb", 0)
+
+    def _noise(self, rows: Rows) -> Tensor:
+        """ε [n, C, H, W], in half of the rows stronger or weaker than the timestep says."""
+        if not self.config.noise_jitter:
+            return rows.noise
+        spread = (4 * rows.for_noise - 3).where(rows.for_noise >= 0.5, 0)
+        factor = (self.config.noise_jitter * spread).exp().to(rows.noise)
+        return rows.noise * factor[:, None, None, None]
 
     def _follow_up(self) -> None:
         super()._follow_up()

@@ -189,11 +189,11 @@ class Trainer(ABC):
 
     def rows(self, images: Tensor, condition: dict[str, Tensor], draws: Draws, step: int) -> Rows:
         """A batch with what is drawn for it at a step."""
-        (chance, uniform), noise = draws(step, images.shape)
-        drawn = (*self.schedule_sampler.sample(chance), noise, uniform)
-        x0, t, weights, noise, uniform = (values.to(self.device) for values in (images, *drawn))
+        (for_step, for_label, for_noise), noise = draws(step, images.shape)
+        drawn = (*self.schedule_sampler.sample(for_step), noise, for_label, for_noise)
+        x0, *drawn = (values.to(self.device) for values in (images, *drawn))
         condition = {name: values.to(self.device) for name, values in condition.items()}
-        return Rows(x0, condition, t, weights, noise, uniform)
+        return Rows(x0, condition, *drawn)
 
     def _train_step(self, images: Tensor, condition: dict[str, Tensor], signal: int = 0) -> int:
         """One step; returns the number of a signal that came to any rank."""
