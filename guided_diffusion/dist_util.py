@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from guided_diffusion import checkpoints, parallel
+from .runs import ranks as parallel
+from .storage import checkpoints
 
 setup_dist = cache(parallel.start)
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from guided_diffusion import samplers
-from guided_diffusion.denoiser import Denoiser, ModelMeanType, ModelVarType, NetworkDenoiser
-from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
-from guided_diffusion.guidance.classifier import with_classifier
-from guided_diffusion.process import ForwardProcess, get_named_beta_schedule
-from guided_diffusion.training import losses
-from guided_diffusion.training.losses import LossType
+from .diffusion import losses, samplers
+from .diffusion.denoiser import Denoiser, ModelMeanType, ModelVarType
+from .diffusion.diffusion import Diffusion
+from .diffusion.losses import LossType
+from .diffusion.process import ForwardProcess, get_named_beta_schedule
+from .guidance.base import Guidance, GuidedDenoiser
+from .guidance.classifier import with_classifier
 
 __all__ = ["GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "get_named_beta_schedule"]
 
@@ -37,7 +37,7 @@ def _last_sample(progressive: Callable[..., Iterator[Result]]) -> Callable[..., 
     return loop
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(Diffusion):
     """Diffusion with a network: training losses, single steps and whole loops.
 
     betas: [T] in (0, 1]. Networks are called as model(x, timesteps, **model_kwargs). Arguments that the methods share:
@@ -55,14 +55,8 @@ class GaussianDiffusion:
         loss_type: LossType,
         rescale_timesteps: bool = False,
     ):
-        self.process = ForwardProcess(betas, rescale_timesteps=rescale_timesteps)
-        self.model_mean_type = model_mean_type
-        self.model_var_type = model_var_type
-        self.loss_type = loss_type
-
-    @property
-    def num_timesteps(self) -> int:
-        return self.process.num_timesteps
+        process = ForwardProcess(betas, rescale_timesteps=rescale_timesteps)
+        super().__init__(process, model_mean_type, model_var_type, loss_type)
 
     @property
     def betas(self) -> np.ndarray:
@@ -76,17 +70,6 @@ class GaussianDiffusion:
     def timestep_map(self) -> list[int]:
         """The original step of every respaced step."""
         return self.process.timestep_map
-
-    def denoiser(
-        self,
-        model: Callable[..., Tensor],
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-    ) -> NetworkDenoiser:
-        """`model` as a Denoiser of this process."""
-        return NetworkDenoiser(
-            model, self.process, self.model_mean_type, self.model_var_type, clip_denoised, denoised_fn
-        )
 
     def guided(
         self, denoiser: Denoiser, guidance: Guidances = None, cond_fn: Callable[..., Tensor] | None = None
@@ -232,19 +215,6 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn(*shape, device=next(model.parameters()).device if device is None else device)
         return noise, step_noise or (lambda step: torch.randn_like(noise))
-
-    def training_losses(
-        self,
-        model: Callable[..., Tensor],
-        x_start: Tensor,
-        t: Tensor,
-        model_kwargs: Mapping[str, Tensor] | None = None,
-        noise: Tensor | None = None,
-    ) -> Result:
-        """`loss` [N] of a batch in [−1, 1], and its parts `mse` and `vb` where there are two."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        denoiser = self.denoiser(model, clip_denoised=False)
-        return losses.training_losses(denoiser, self.loss_type, x_start, t, model_kwargs or {}, noise)
 
     def calc_bpd_loop(
         self,

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.process import ForwardProcess, space_timesteps
+from .diffusion.process import ForwardProcess, space_timesteps
+from .gaussian_diffusion import GaussianDiffusion
 
 __all__ = ["SpacedDiffusion", "space_timesteps"]
 

@@ -1,24 +1,4 @@
-"""Sample images from a diffusion model, with or without self-attention guidance and others.
-
-Settings come from defaults, then --config, then flags. Writes samples_NxHxWx3.npz, grid.png, config.yaml and
-manifest.json. The embedded model, guided:
-
-  python scripts/image_sample.py --config configs/emoji.yaml --num_samples 16 --sag_scale 1.0
-"""
-
-from guided_diffusion.config import exit_on_bad_input, parse_args
-from guided_diffusion.parallel import launch, start
-from guided_diffusion.prepare import IMAGE_GROUPS, image_run
-from guided_diffusion.run import run
-
-
-def main() -> None:
-    configs = parse_args(__doc__, IMAGE_GROUPS)
-    job = start()
-    with exit_on_bad_input():
-        prepared = image_run(configs, job.device)
-    run(prepared.sampler, prepared.settings, prepared.guidance_line, job)
-
+from guided_diffusion.commands.image_sample import main
 
 if __name__ == "__main__":
-    launch(main)
+    main()

@@ -1,40 +1,4 @@
-"""Train a diffusion model on a folder of images.
-
-The class of an image is the beginning of its file name (label_name.png), where --class_cond is on.
-Everything is written to --out_dir; the same command goes on where it stopped, also with another number of ranks.
-To sample: image_sample.py --config OUT_DIR/config.yaml --model_path OUT_DIR/ema_….pt
-Examples:
-
-  python scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji --image_size 32 --batch_size 64
-  mpiexec -n 2 python scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji ...
-  torchrun --nproc_per_node 2 scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji ...
-"""
-
-import torch
-
-from guided_diffusion.config import exit_on_bad_input, parse_args
-from guided_diffusion.parallel import launch, start
-from guided_diffusion.sampling import resolved
-from guided_diffusion.script_util import build_network
-from guided_diffusion.settings import DiffusionConfig, NetworkConfig
-from guided_diffusion.training.loop import TrainingConfig
-from guided_diffusion.training_run import SAMPLES, batches_of, classes_of, train_diffusion
-
-
-def main() -> None:
-    configs = parse_args(__doc__, (TrainingConfig, NetworkConfig, DiffusionConfig))
-    training, network_config, diffusion_config = configs
-    job = start()
-    with exit_on_bad_input():
-        classes = classes_of(training.data_dir, network_config)
-        torch.manual_seed(training.seed)
-        network = build_network(network_config, diffusion_config.learn_sigma)
-        settings = resolved(network_config, diffusion_config)
-    image_size, class_cond = network_config.image_size, network_config.class_cond
-    batches = batches_of(training, training.data_dir, image_size, class_cond, job)
-    condition = {"y": torch.arange(SAMPLES) % len(classes)} if classes else {}
-    train_diffusion(network, batches, configs, settings, classes, condition, job)
-
+from guided_diffusion.commands.image_train import main
 
 if __name__ == "__main__":
-    launch(main)
+    main()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from guided_diffusion.sample_store import SampleStore, Shard
+from guided_diffusion.runs.sample_store import SampleStore, Shard
 
 ROOT = Path(__file__).parent.parent
 SHARDS = 24

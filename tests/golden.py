@@ -58,3 +58,7 @@ def difference(ours, reference):
 def assert_close(ours, reference, tolerance=TOLERANCE):
     assert ours.shape == reference.shape
     assert difference(ours, reference) <= tolerance
+
+
+INCEPTION = dict(json.loads((DATA / "inception" / "tensors.json").read_text()))
+"""The names and shapes of the tensors of the Inception graph."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from guided_diffusion.denoiser import NetworkDenoiser
+from guided_diffusion.diffusion.denoiser import NetworkDenoiser
 from guided_diffusion.guidance.base import GuidedDenoiser
 from guided_diffusion.stable_diffusion.model import load
 from guided_diffusion.stable_diffusion.network import LatentNetwork

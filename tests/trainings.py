@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import torch
 
-from conftest import SMALL
-from guided_diffusion.parallel import Job
+from guided_diffusion.runs.ranks import Job
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.training.loop import TrainingConfig, TrainLoop
+from guided_diffusion.settings.training import TrainingConfig
+from guided_diffusion.training.loop import TrainLoop
+from small import SMALL
 
 IMAGES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 LABELS = torch.tensor([0, 1] * 4)

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_diffusion.attention import Attends
-from guided_diffusion.denoiser import Condition, Denoiser, Prediction, stacked
-from guided_diffusion.noise import Samples
-from guided_diffusion.process import ForwardProcess, NoiseLevels
+from ..diffusion.denoiser import Condition, Denoiser, Prediction, stacked
+from ..diffusion.noise import Samples
+from ..diffusion.process import ForwardProcess, NoiseLevels
+from ..networks.attention import Attends
 
 NullCondition = Callable[[Condition], Condition]
 """What makes of a condition the one of the unconditional pass: the same keys and shapes."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guided_diffusion.denoiser import Condition, Denoiser, Prediction
+from ..diffusion.denoiser import Condition, Denoiser, Prediction
 
 
 def classifier_gradient(classifier: nn.Module, scale: float) -> Callable[..., Tensor]:

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_diffusion.denoiser import Condition
-from guided_diffusion.guidance.base import Guidance, NullCondition, Step
+from ..diffusion.denoiser import Condition
+from .base import Guidance, NullCondition, Step
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guided_diffusion.denoiser import Prediction
-from guided_diffusion.guidance.base import Guidance, Step
-from guided_diffusion.guidance.blur import check_blur, gaussian_blur
-from guided_diffusion.guidance.masks import Masking, upsampled
+from ..diffusion.denoiser import Prediction
+from .base import Guidance, Step
+from .blur import check_blur, gaussian_blur
+from .masks import Masking, upsampled
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

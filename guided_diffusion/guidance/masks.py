@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guided_diffusion.guidance.base import Step
+from .base import Step
 
 Masking = Callable[[Step], Tensor]
 """Chooses the pixels of a step that are degraded: [N, 1, H, W] bool, or [N, 1, h, w] of another size, upsampled."""

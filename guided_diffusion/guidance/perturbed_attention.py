@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from guided_diffusion.guidance.replaced_attention import ReplacedAttention
+from .replaced_attention import ReplacedAttention
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

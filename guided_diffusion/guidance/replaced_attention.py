@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from guided_diffusion.attention import AttentionBlock, replace_attention
-from guided_diffusion.guidance.base import Guidance, Step
+from ..networks.attention import AttentionBlock, replace_attention
+from .base import Guidance, Step
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from guided_diffusion.attention import Attends, record_attention, split_legacy
-from guided_diffusion.denoiser import Prediction
-from guided_diffusion.guidance.base import Step
-from guided_diffusion.guidance.masked_blur import MaskedBlur
-from guided_diffusion.guidance.masks import attention_mask
+from ..diffusion.denoiser import Prediction
+from ..networks.attention import Attends, record_attention, split_legacy
+from .base import Step
+from .masked_blur import MaskedBlur
+from .masks import attention_mask
 
 REFERENCE_KERNEL = 31
 

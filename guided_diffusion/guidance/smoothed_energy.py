@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from guided_diffusion.guidance.blur import gaussian_blur
-from guided_diffusion.guidance.replaced_attention import ReplacedAttention
+from .blur import gaussian_blur
+from .replaced_attention import ReplacedAttention
 
 
 def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:

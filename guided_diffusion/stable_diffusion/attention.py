@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from guided_diffusion.attention import Listener
-
-MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn1"
-"""The layer that the paper and the public pipeline take for Stable Diffusion."""
+from ..networks.attention import Listener
+from ..settings.stable_diffusion import MIDDLE
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

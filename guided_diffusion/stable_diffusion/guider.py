@@ -9,12 +9,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
-from guided_diffusion.attention import record_attention
-from guided_diffusion.denoiser import Prediction
-from guided_diffusion.process import NoiseLevels
-from guided_diffusion.stable_diffusion.attention import MIDDLE
-from guided_diffusion.stable_diffusion.sampling import latent_guidance
-from guided_diffusion.stable_diffusion.schedulers import mean_type, noise_levels
+from ..diffusion.denoiser import Prediction
+from ..diffusion.process import NoiseLevels
+from ..networks.attention import record_attention
+from ..settings.stable_diffusion import MIDDLE
+from .sampling import latent_guidance
+from .schedulers import mean_type, noise_levels
 
 
 class SelfAttentionGuider(BaseGuidance):

@@ -1,4 +1,4 @@
-"""Stable Diffusion as a sampler of the run's kind: settings, prompts, and sample i."""
+"""Stable Diffusion as a pipeline of the run's kind: settings, prompts, and sample i."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,98 +11,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from guided_diffusion import pictures
-from guided_diffusion.config import option
-from guided_diffusion.denoiser import Condition, NetworkDenoiser
-from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
-from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance
-from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
-from guided_diffusion.noise import SampleNoise, Samples, torch_generators
-from guided_diffusion.process import NoiseLevels
-from guided_diffusion.samplers import State
-from guided_diffusion.sampling import RunConfig
-from guided_diffusion.script_util import interval_of
-from guided_diffusion.stable_diffusion.attention import MIDDLE, find_layer
-from guided_diffusion.stable_diffusion.model import StableDiffusion
-from guided_diffusion.stable_diffusion.network import LatentNetwork
-from guided_diffusion.stable_diffusion.schedulers import (
-    SCHEDULERS,
-    SPACINGS,
-    choose_scheduler,
-    diffuse,
-    mean_type,
-    noise_levels,
-    start,
-)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-PRESETS = {
-    "paper": {"space": "eps", "blur_sigma": 1.0, "blur_kernel": 9, "threshold": 1.0},
-    "diffusers": {"space": "model", "blur_sigma": 1.0, "blur_kernel": 9, "threshold": 1.0},
-}
-"""Hyper-parameters of self-attention guidance: the paper's rule, and that of diffusers' own pipeline."""
-
-
-@dataclass(frozen=True)
-class StableDiffusionConfig(RunConfig):
-    """Stable Diffusion"""
-
-    model: str = option("", "local folder of diffusers' format (unet, vae, …), or one .safetensors file", path=True)
-    model_config: str = option(
-        "", "for one file: folder of diffusers' format with configurations, tokenizer and scheduler", path=True
-    )
-    prompt: str = option("", "what to make pictures of")
-    prompts: str = option("", "file of prompts instead, one a line", path=True)
-    negative_prompt: str = option("", "what the unconditional pass of classifier-free guidance is given")
-    num_images: int = option(1, "images of each prompt; image i is of prompt i, round and round")
-    guidance_scale: float = option(7.5, "classifier-free guidance, 1 + s_c; 1 = off, only --prompt is used")
-    scheduler: str = option("", f"{', '.join(SCHEDULERS)}; empty: the model's own")
-    spacing: str = option("", f"{', '.join(SPACINGS)}; empty: the scheduler's own")
-    steps: int = option(50, "steps of the scheduler; heun and kdpm2 call the network twice a step")
-    height: int = option(0, "pixels; 0: what the model was made for")
-    width: int = option(0, "pixels; 0: what the model was made for")
-    image: str = option("", "picture to paint into, for inpainting models; scaled to height × width", path=True)
-    image_mask: str = option("", "where to paint: white in this picture", path=True)
-    dtype: str = option("float32", f"of the UNet: {', '.join(DTYPES)}")
-    batch_size: int = option(4, "images at a time")
-    compare: int = option(4, "images to show in comparison.png, at the cost of making them twice more; 0: none")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.model:
-            raise ValueError("model: give a local folder of diffusers' format")
-        if self.prompt and self.prompts:
-            raise ValueError("prompt, prompts: two ways to say what to make; give one")
-        for name in ("num_images", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
-        for name in ("height", "width", "compare"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
-        if not np.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale: wanted a finite number, got {self.guidance_scale}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: wanted {', '.join(DTYPES)}, got {self.dtype!r}")
-
-
-@dataclass(frozen=True)
-class LatentGuidanceConfig:
-    """self-attention guidance: ε̃ = ε + s (ε(x_t) − ε(x̂_t)), of the unconditional ε where there is one"""
-
-    sag_scale: float = option(0.75, "s; 0 = off")
-    preset: str = option("paper", "what the flags below are that are not given: paper or diffusers (its own pipeline)")
-    sag_block: str = option(MIDDLE, "self-attention layer whose map makes the mask")
-    sag_threshold: float | None = option(None, "ψ: blurred is what gets more attention than ψ times the mean")
-    sag_space: str | None = option(None, "eps: the difference is one of ε; model: of what the network predicts")
-    blur_sigma: float | None = option(None, "σ of the Gaussian blur in latent pixels; 0 = none, inf = the mean")
-    blur_kernel: int | None = option(None, "odd width of the blur's window in latent pixels")
-    guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, t of T network calls are left; 1 is noise")
-    guide_every: int = option(1, "compute the guidance every so many guided steps, and use it again between")
-
-    def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: wanted {', '.join(PRESETS)}, got {self.preset!r}")
+from ..diffusion.denoiser import Condition, NetworkDenoiser
+from ..diffusion.noise import SampleNoise, Samples, torch_generators
+from ..diffusion.process import NoiseLevels
+from ..diffusion.samplers import State
+from ..guidance.base import Guidance, GuidedDenoiser
+from ..guidance.building import interval_of
+from ..guidance.classifier_free import ClassifierFreeGuidance
+from ..guidance.self_attention import SelfAttentionGuidance
+from ..settings.stable_diffusion import MIDDLE, PRESETS, LatentGuidanceConfig, StableDiffusionConfig
+from ..storage import pictures
+from .attention import find_layer
+from .model import StableDiffusion
+from .network import LatentNetwork
+from .schedulers import choose_scheduler, diffuse, mean_type, noise_levels, start
 
 
 def latent_guidance(unet: torch.nn.Module, scale: float, preset: str = "paper", **settings: Any) -> Guidance:
@@ -160,8 +82,8 @@ def _picture(key: str, path: str, size: tuple[int, int], mode: str) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class StableDiffusionSampler:
-    """Everything that makes sample i, but i itself (`run.AnySampler`); a ValueError where settings and model clash.
+class LatentPipeline:
+    """Everything that makes sample i, but i itself (`run.Pipeline`); a ValueError where settings and model clash.
 
     guidances: beside classifier-free guidance, which is the configuration's.
     """
@@ -266,8 +188,8 @@ class StableDiffusionSampler:
         """The first samples without self-attention guidance, their masks, and with it, as one picture."""
         [sag] = self.guidances
         indices, finals, selected, guided_steps = range(count), [], 0.0, 0
-        for sampler in (replace(self, guidances=()), self):
-            for state, guided in sampler.trajectory(indices):
+        for pipeline in (replace(self, guidances=()), self):
+            for state, guided in pipeline.trajectory(indices):
                 if sag in guided.last_step.recorded:
                     selected = selected + sag.mask(guided.last_step)[:, 0].float()
                     guided_steps += 1

@@ -8,34 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guided_diffusion.denoiser import Condition, Denoiser, ModelMeanType
-from guided_diffusion.process import NoiseLevels
-from guided_diffusion.samplers import State
-
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "dpm++_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++_single": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
-"""Our names of diffusers' classes, and what of their configuration the name means."""
-
-SPACINGS: dict[str, dict[str, Any]] = {
-    "leading": {"timestep_spacing": "leading"},
-    "trailing": {"timestep_spacing": "trailing"},
-    "linspace": {"timestep_spacing": "linspace"},
-    "karras": {"use_karras_sigmas": True},
-    "exponential": {"use_exponential_sigmas": True},
-}
+from ..diffusion.denoiser import Condition, Denoiser, ModelMeanType
+from ..diffusion.process import NoiseLevels
+from ..diffusion.samplers import State
+from ..settings.stable_diffusion import SCHEDULERS, SPACINGS
 
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 

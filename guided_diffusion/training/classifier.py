@@ -1,49 +1,18 @@
 """Training of noisy-image classifiers (Dhariwal & Nichol 2021), and how often they are right by noise level."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guided_diffusion.config import option
-from guided_diffusion.noise import VALIDATION
-from guided_diffusion.parallel import Job
-from guided_diffusion.process import ForwardProcess
-from guided_diffusion.training.draws import Draws, Rows
-from guided_diffusion.training.trainer import Batches, Trainer, TrainerConfig
-
-
-@dataclass(frozen=True)
-class ClassifierTrainingConfig(TrainerConfig):
-    """training"""
-
-    out_dir: str = option("runs/classifier", "folder for checkpoints and the log; the same command goes on from there")
-    val_data_dir: str = option("", "folder of other images to validate on; empty: none")
-    noised: bool = option(True, "train on noised images, as guidance needs")
-    iterations: int = option(150000, "steps to train")
-    lr: float = option(3e-4, "learning rate of AdamW")
-    anneal_lr: bool = option(False, "let the learning rate fall to 0")
-    batch_size: int = option(4, "images per step, of all ranks together")
-    random_crop: bool = option(True, "crop at a random place and scale")
-    log_interval: int = option(10, "steps between lines of the log")
-    eval_interval: int = option(5, "steps between validations, each on one batch")
-    save_interval: int = option(10000, "steps between checkpoints")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("iterations", "eval_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
-
-    @property
-    def steps(self) -> int:
-        return self.iterations
-
-    def learning_rate(self, step: int) -> float:
-        return self.lr * (1 - step / self.iterations) if self.anneal_lr else self.lr
+from ..diffusion.noise import VALIDATION
+from ..diffusion.process import ForwardProcess
+from ..runs.ranks import Job
+from ..settings.training import ClassifierTrainingConfig
+from .draws import Draws, Rows
+from .trainer import Batches, Trainer
 
 
 class ClassifierLoop(Trainer):

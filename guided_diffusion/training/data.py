@@ -3,157 +3,40 @@
 Which images a batch holds, their crops and flips are functions of the seed and the batch's number alone.
 """
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from guided_diffusion.config import exit_on_bad_input
-from guided_diffusion.noise import CROP, ORDER, check_seed, generator
+from ..diffusion.noise import CROP, ORDER, generator
+from ..settings.options import check_seed
+from ..storage.images import ImageFolder, center_crop, check_images, random_crop, scaled
 
 Batches = Iterator[tuple[Tensor, dict[str, Tensor]]]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"}
-# Pillow knows dozens more by their contents, some of which start other programs.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-MOST_PIXELS = 10**8
-HEADERS_CHECKED = 10_000
-BAD_FILES_NAMED = 5
 BATCHES_AHEAD = 2
 
 
-def list_image_files(data_dir: str) -> list[Path]:
-    """All image files below data_dir, sorted; a ValueError if there is none."""
-    if not data_dir:
-        raise ValueError("data_dir: give a folder of images")
-    if not Path(data_dir).is_dir():
-        raise ValueError(f"data_dir: no such folder {data_dir!r}")
-    files = sorted(path for path in Path(data_dir).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"data_dir: no image file below {data_dir!r}")
-    return files
-
-
-def _label(path: Path) -> str:
-    """The class in a file's name, empty if it has none."""
-    label, underscore, _ = path.name.partition("_")
-    return label if underscore else ""
-
-
-def class_names(files: list[Path]) -> list[str]:
-    """The classes of files named label_name.png, sorted: class i of the data is item i.
-
-    A ValueError names a file that has no class.
-    """
-    without = [path for path in files if not _label(path)]
-    if without:
-        raise ValueError(
-            f"data_dir: {len(without)} of {len(files)} files have no class in their name (wanted label_name.png), "
-            f"first {without[0]}"
-        )
-    return sorted({_label(path) for path in files})
-
-
-def _shrink(image: Image.Image, smaller_side: int) -> Image.Image:
-    """Scale so that the smaller side has this many pixels: halving by boxes while it can, then bicubic."""
-    while min(image.size) >= 2 * smaller_side:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = smaller_side / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"{image.width}×{image.height} pixels are too long a strip to scale to {width}×{height}")
-    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of the image at size × size pixels."""
-    image = _shrink(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def random_crop(image: Image.Image, size: int, chance: np.random.Generator, min_fraction: float = 0.8) -> Image.Image:
-    """A square at a random place whose side is min_fraction to 1 of the image's smaller side."""
-    image = _shrink(image, int(chance.integers(size, math.ceil(size / min_fraction), endpoint=True)))
-    left, top = (int(chance.integers(side - size, endpoint=True)) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """Why a file could not be read, without its name."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not one of " + ", ".join(FORMATS) if path.stat().st_size else "an empty file"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def check_images(files: list[Path]) -> None:
-    """Look at the headers of the files; a ValueError names those that are no images, at most five.
-
-    Of more than 10,000 files as many are looked at, evenly spread: the rest is found when it is read.
-    """
-    bad = []
-    for path in files[:: -(-len(files) // HEADERS_CHECKED)]:
-        try:
-            Image.open(path, formats=FORMATS).close()
-        except Exception as error:  # Pillow reports broken files by many types
-            bad.append(f"{path} ({_reason(path, error)})")
-    if bad:
-        more = f", and {len(bad) - BAD_FILES_NAMED} more" if len(bad) > BAD_FILES_NAMED else ""
-        raise ValueError(f"data_dir: not images that can be read: {', '.join(bad[:BAD_FILES_NAMED])}{more}")
-
-
-def read_picture(path: Path, cut: Callable[[Image.Image], Image.Image], mode: str = "RGB") -> NDArray[np.uint8]:
-    """The pixels of `cut` of a picture, [H, W, 3], or [H, W] for the mode L; a ValueError names a file that is none.
-
-    As upstream: transparency is dropped, an animation is its first frame, and EXIF rotation is ignored. Of 16-bit
-    pixels the high byte is kept (upstream: grey ones become white).
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            file.info.pop("transparency", None)
-            wide = file.mode.startswith("I")
-            image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)) if wide else file
-            return np.asarray(cut(image.convert(mode)))
-    except Exception as error:  # Pillow reports broken files by many types
-        raise ValueError(f"{path}: not an image that can be read ({_reason(path, error)})") from None
-
-
-class ImageFolder:
-    """(image [3, S, S] float32 in [−1, 1], class index or 0) of every file in a folder.
-
-    Item epoch · N + i is image i of the N as it is cropped and flipped in that epoch. A ValueError says what is wrong
-    with the folder; an image that cannot be read is `BadInput`.
-    """
+class VariedImages(ImageFolder):
+    """A folder of images as they are cropped and flipped: item epoch · N + i is image i of the N in that epoch."""
 
     def __init__(self, data_dir: str, image_size: int, class_cond: bool, crop: bool, flip: bool, seed: int = 0):
-        self.files = list_image_files(data_dir)
-        self.class_names = class_names(self.files) if class_cond else []
-        index = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = [index[_label(path)] if class_cond else 0 for path in self.files]
-        self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
-
-    def __len__(self) -> int:
-        return len(self.files)
+        super().__init__(data_dir, image_size, class_cond)
+        self.crop, self.flip, self.seed = crop, flip, seed
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         epoch, i = divmod(item, len(self))
         chance = generator(self.seed, i, CROP, epoch)
-        crop = partial(random_crop, chance=chance) if self.crop else center_crop
-        with exit_on_bad_input():
-            pixels = read_picture(self.files[i], partial(crop, size=self.image_size))
+        pixels = self.pixels(i, partial(random_crop, chance=chance) if self.crop else center_crop)
         if self.flip and chance.random() < 0.5:
             pixels = pixels[:, ::-1]
-        return torch.from_numpy(pixels.transpose(2, 0, 1) / np.float32(127.5) - 1), self.labels[i]
+        return scaled(pixels), self.labels[i]
 
 
 def load_data(
@@ -183,7 +66,7 @@ def load_data(
         raise ValueError(f"batch_size: wanted a multiple of the {size} ranks, got {batch_size}")
     if num_workers < 0:
         raise ValueError(f"num_workers: wanted 0 or more, got {num_workers}")
-    data = ImageFolder(data_dir, image_size, class_cond, random_crop, random_flip, seed)
+    data = VariedImages(data_dir, image_size, class_cond, random_crop, random_flip, seed)
     if rank == 0:  # one rank's look is enough
         check_images(data.files)
     items = _items(len(data), None if deterministic else seed, start_batch * batch_size)
@@ -193,7 +76,7 @@ def load_data(
 
 
 def _items(count: int, seed: int | None, start: int) -> Iterator[int]:
-    """Items of an ImageFolder of `count` images from the `start`-th on, endless; without seed in file order."""
+    """Items of VariedImages of `count` images from the `start`-th on, endless; without seed in file order."""
     epoch, done = divmod(start, count)
     while True:
         order = np.arange(count) if seed is None else generator(seed, epoch, ORDER).permutation(count)
@@ -201,7 +84,7 @@ def _items(count: int, seed: int | None, start: int) -> Iterator[int]:
         epoch, done = epoch + 1, 0
 
 
-def _read(data: ImageFolder, batches: Iterator[list[int]], num_workers: int) -> Iterator[list[tuple[Tensor, int]]]:
+def _read(data: VariedImages, batches: Iterator[list[int]], num_workers: int) -> Iterator[list[tuple[Tensor, int]]]:
     """The rows of every batch, read by this thread, or ahead by others."""
     if not num_workers:
         yield from ([data[item] for item in batch] for batch in batches)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.noise import DROPOUT, TRAINING, generator
+from ..diffusion.noise import DROPOUT, TRAINING, generator
 
 _drawing = ThreadPoolExecutor(1, thread_name_prefix="draws")
 

@@ -1,72 +1,20 @@
 """Training of diffusion models."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.config import option, parse_value
-from guided_diffusion.denoiser import ModelMeanType
-from guided_diffusion.parallel import Job
-from guided_diffusion.training.draws import Rows
-from guided_diffusion.training.trainer import Batches, Trainer, TrainerConfig
+from ..diffusion.denoiser import ModelMeanType
+from ..runs.ranks import Job
+from ..settings.training import TrainingConfig
+from .draws import Rows
+from .trainer import Batches, Trainer
 
 Sample = Callable[[nn.Module, Path], None]
 """Draws samples of a network and writes them to a file."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig(TrainerConfig):
-    """training"""
-
-    lr_warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
-    lr_anneal_steps: int = option(0, "train so many steps, the learning rate falling to 0; 0: no end, no fall")
-    ema_rate: str = option("0.9999", "rate of the moving average of the weights; several: 0.999,0.9999")
-    snr_gamma: float = option(
-        0.0,
-        "weigh the squared error of x̂_0 by min(SNR, γ) (Hang et al. 2023), and by at least 1 where the network "
-        "predicts x_0 (Salimans & Ho 2022); 0: by SNR for ε, by 1 for x_0",
-    )
-    noise_jitter: float = option(
-        0.0,
-        "in half of the images multiply the noise by exp(U(−J, J)) at the same timestep, so that the network learns to "
-        "read the noise from the picture; 0: never",
-    )
-    label_dropout: float = option(0.0, "share of images trained without their label (needs null_label)")
-    sample_interval: int = option(
-        0, "steps between samples_STEP.png: 16 images of the first moving average, always of the same noise; 0: never"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sample_interval < 0:
-            raise ValueError(f"sample_interval: wanted 0 or more, got {self.sample_interval}")
-        if not 0 <= self.noise_jitter <= 1:
-            raise ValueError(f"noise_jitter: wanted 0 to 1, got {self.noise_jitter}")
-        if self.snr_gamma and not self.snr_gamma >= 1:
-            raise ValueError(f"snr_gamma: wanted 1 or more, or 0 for none, got {self.snr_gamma}")
-        for name, share in [("label_dropout", self.label_dropout), *(("ema_rate", rate) for rate in self.ema_rates)]:
-            if not 0 <= share < 1:
-                raise ValueError(f"{name}: wanted at least 0 and below 1, got {share}")
-
-    @property
-    def steps(self) -> int | None:
-        return self.lr_anneal_steps or None
-
-    @property
-    def ema_rates(self) -> list[float]:
-        return [parse_value(rate, float, "ema_rate") for rate in self.ema_rate.split(",")]
-
-    def learning_rate(self, step: int) -> float:
-        rate = self.lr
-        if self.lr_warmup_steps:
-            rate *= min(1.0, (step + 1) / self.lr_warmup_steps)
-        if self.lr_anneal_steps:
-            rate *= 1 - step / self.lr_anneal_steps
-        return rate
 
 
 class TrainLoop(Trainer):

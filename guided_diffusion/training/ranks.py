@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from guided_diffusion.parallel import Job
+from ..runs.ranks import Job
 
 TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for rank 0, which alone saves, validates and samples."""

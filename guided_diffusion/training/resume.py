@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import optim
 
-from guided_diffusion.checkpoints import read_pt
+from ..storage.checkpoints import read_pt
 
 WEIGHTS = re.compile(r"(model|ema_[0-9.e-]+_)([0-9]{6,})\.pt")
 """Upstream's names: modelSTEP.pt and ema_RATE_STEP.pt."""

@@ -4,7 +4,7 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from guided_diffusion.checkpoints import load_state_dict, misfit, read_pt, save_atomically
-from guided_diffusion.config import option
-from guided_diffusion.nn import update_ema
-from guided_diffusion.noise import check_seed
-from guided_diffusion.parallel import Job
-from guided_diffusion.training import resume
-from guided_diffusion.training.draws import Draws, Rows, seed_dropout
-from guided_diffusion.training.progress import Progress
-from guided_diffusion.training.ranks import Ranks, signals_kept
-from guided_diffusion.training.schedule_sampler import create_named_schedule_sampler
+from ..networks.layers import update_ema
+from ..runs.ranks import Job
+from ..settings.training import TrainerConfig
+from ..storage.checkpoints import load_state_dict, misfit, read_pt, save_atomically
+from . import resume
+from .draws import Draws, Rows, seed_dropout
+from .log import TrainingLog
+from .ranks import Ranks, signals_kept
+from .schedule_sampler import create_named_schedule_sampler
 
 log = logging.getLogger(__name__)
 
@@ -30,58 +29,6 @@ Batches = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
 
 EXPLODED = 1e4
 """A loss of so many times the run's first one, or 1 if that was less, ends the run."""
-
-
-@dataclass(frozen=True)
-class TrainerConfig(ABC):
-    """what every training is told"""
-
-    data_dir: str = option("", "folder of images (any depth); label_name.png gives the class, where there are classes")
-    out_dir: str = option("runs/train", "folder for checkpoints and the log; the same command goes on from there")
-    batch_size: int = option(64, "images per step, of all ranks together")
-    microbatch: int = option(-1, "images per forward pass of a rank; -1: all its images")
-    lr: float = option(1e-4, "learning rate of AdamW")
-    weight_decay: float = option(0.0, "weight decay of AdamW")
-    schedule_sampler: str = option("uniform", "timesteps to train on: uniform or loss-second-moment")
-    random_crop: bool = option(False, "crop at a random place and scale")
-    random_flip: bool = option(True, "mirror half of the images")
-    num_workers: int = option(0, "threads that read images ahead; no image depends on it")
-    bf16: bool = option(False, "bfloat16 autocast (CPU or GPU); the network's fp16 flag: float16, on a GPU only")
-    fp16_scale_growth: float = option(1e-3, "with float16: log2 of the loss scale's growth per step")
-    log_interval: int = option(50, "steps between lines of the log")
-    save_interval: int = option(1000, "steps between checkpoints")
-    keep: int = option(3, "newest weight files that are kept of each kind; 0: all")
-    resume: str = option("auto", "auto: go on from out_dir if it holds a run; never: refuse such a folder")
-    resume_checkpoint: str = option(
-        "",
-        "weights to begin with (.pt or .safetensors); with upstream's modelSTEP.pt also its step and, from beside it, "
-        "ema_RATE_STEP.pt and optSTEP.pt; not read again once out_dir has a checkpoint",
-    )
-    seed: int = option(0, "seed of weights, data order, timesteps and noise, the same for any number of ranks")
-
-    def __post_init__(self):
-        check_seed(self.seed)
-        for name in ("batch_size", "lr", "log_interval", "save_interval"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: wanted more than 0, got {getattr(self, name)}")
-        if self.keep < 0:
-            raise ValueError(f"keep: wanted 0 or more, got {self.keep}")
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"resume: wanted auto or never, got {self.resume!r}")
-
-    @property
-    @abstractmethod
-    def steps(self) -> int | None:
-        """How many steps to train; None: until interrupted."""
-
-    @property
-    def ema_rates(self) -> list[float]:
-        """Rates of the moving averages of the weights that are kept."""
-        return []
-
-    @abstractmethod
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
 
 
 class Trainer(ABC):
@@ -134,7 +81,7 @@ class Trainer(ABC):
         elif config.resume_checkpoint:
             self._begin_with(config.resume_checkpoint)
         self.batches = data(self.step)
-        self.progress: Progress | None = None
+        self.progress: TrainingLog | None = None
         self.ranks = Ranks(self.job, self.device)
         steps = self.ranks.gather(torch.full((1, 1), self.step, device=self.device)).unique().tolist()
         if len(steps) > 1:
@@ -163,7 +110,7 @@ class Trainer(ABC):
         if self.is_first:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             resume.sweep(self.out_dir)
-            self.progress = Progress(self.out_dir, self.step, end)
+            self.progress = TrainingLog(self.out_dir, self.step, end)
         self.network.train()
         stopped = 0
         with signals_kept() as came:

@@ -1,0 +1,91 @@
+"""Train a noisy-image classifier, for classifier guidance, on a folder of images.
+
+The class of an image is the beginning of its file name (label_name.png); class i is the i-th label in sorted order, as
+for image_train.py. The diffusion must be that of the model to be guided. Everything is written to --out_dir; the same
+command goes on where it stopped. Several ranks: mpiexec or torchrun, as for image_train.py. Example:
+
+  python scripts/classifier_train.py --data_dir data/emoji32/train --val_data_dir data/emoji32/held_out \\
+      --image_size 32 --num_classes 3 --noise_schedule cosine --batch_size 64 --iterations 3000
+"""
+
+import json
+from dataclasses import fields, replace
+
+import torch
+
+from ..diffusion.diffusion import build_diffusion
+from ..networks.building import build_classifier
+from ..runs.ranks import Job, command, start
+from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
+from ..settings.options import exit_on_bad_input, parse_args, resolved
+from ..settings.training import ClassifierTrainingConfig
+from ..storage.files import write_atomically
+from ..storage.images import ImageFolder
+from ..training.classifier import ClassifierLoop, accuracy_by_noise
+from ..training.run import batches_of, classes_of, run, write_description
+
+OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
+NOISE_LEVELS = 10
+DRAWS = 4
+IMAGES_AT_A_TIME = 256
+
+
+def accuracies(loop, folders, image_size):
+    """Accuracy by noise level on every image of each folder, uncropped and not mirrored."""
+    loop.network.eval()
+    total = loop.process.num_timesteps
+    steps = [level * total // NOISE_LEVELS for level in range(NOISE_LEVELS)]
+    found = {"t": steps}
+    for folder in folders:
+        data = ImageFolder(folder, image_size, class_cond=True, crop=False, flip=False)
+        totals = [0.0] * len(steps)
+        for start_at in range(0, len(data), IMAGES_AT_A_TIME):
+            rows = [data[i] for i in range(start_at, min(start_at + IMAGES_AT_A_TIME, len(data)))]
+            images = torch.stack([image for image, _ in rows]).to(loop.device)
+            labels = torch.tensor([label for _, label in rows], device=loop.device)
+            shares = accuracy_by_noise(loop.network, loop.process, images, labels, steps, DRAWS)
+            totals = [total + share * len(rows) for total, share in zip(totals, shares, strict=True)]
+        found[folder] = [round(total / len(data), 4) for total in totals]
+    return found
+
+
+def report(loop: ClassifierLoop, folders: list[str], image_size: int) -> None:
+    """Write and say how often the trained network is right."""
+    found = accuracies(loop, folders, image_size)
+    write_atomically(loop.out_dir / "accuracy.json", lambda file: file.write(json.dumps(found, indent=1).encode()))
+    for folder, shares in found.items():
+        print(folder, *shares)
+    print(f"trained {loop.step} steps; the weights are {loop.out_dir}/model{loop.step:06d}.pt", flush=True)
+
+
+@command
+def main() -> None:
+    groups = (ClassifierTrainingConfig, ClassifierConfig, NetworkConfig, DiffusionConfig)
+    configs = parse_args(__doc__, groups, without=OF_OTHER_NETWORKS)
+    training, classifier_config, network_config, diffusion_config = configs
+    image_size, num_classes = network_config.image_size, network_config.num_classes
+    job = start()
+    with exit_on_bad_input():
+        torch.manual_seed(training.seed)
+        network = build_classifier(image_size, classifier_config, num_classes).to(job.device)
+        folders = [training.data_dir] + ([training.val_data_dir] if training.val_data_dir else [])
+        classes, *others = (classes_of(folder, replace(network_config, class_cond=True)) for folder in folders)
+        if others and others[0] != classes:
+            raise ValueError(f"val_data_dir: wanted the classes {', '.join(classes)}, got {', '.join(others[0])}")
+        settings = resolved(classifier_config) | {"image_size": image_size, "num_classes": num_classes}
+        loop = ClassifierLoop(
+            network,
+            build_diffusion(diffusion_config),
+            batches_of(training, training.data_dir, image_size, True, job),
+            training,
+            batches_of(training, training.val_data_dir, image_size, True, Job()) if training.val_data_dir else None,
+            use_fp16=classifier_config.classifier_use_fp16,
+            job=job,
+            settings=settings | resolved(diffusion_config),
+        )
+        if loop.is_first:
+            # For classifier_sample.py, after the --config of the model.
+            write_description(training.out_dir, settings, classes)
+    run(loop)
+    if loop.is_first:
+        report(loop, folders, image_size)

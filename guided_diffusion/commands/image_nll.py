@@ -1,0 +1,57 @@
+"""Measure the likelihood of images under a diffusion model, in bits per dimension.
+
+The variational bound (Ho et al. 2020; Nichol & Dhariwal 2021) of the network as it is, without guidance, with one noise
+for each image and step. --timestep_respacing bounds by a process of fewer steps: quicker and looser. Images are not
+mirrored, and squares are cut from their middle; their classes, where --class_cond is on, are the beginnings of the file
+names (label_name.png) in sorted order, as in training. Writes nll.json and terms.npz. Examples:
+
+  python scripts/image_nll.py --config runs/emoji/config.yaml --model_path runs/emoji/ema_0.9999_001000.pt \\
+      --data_dir data/emoji32/held_out --batch_size 16
+  mpiexec -n 8 python scripts/image_nll.py --config configs/iddpm_cifar10.yaml --timestep_respacing "" \\
+      --data_dir PICTURES --batch_size 64
+"""
+
+import json
+
+from ..diffusion.diffusion import build_diffusion
+from ..networks.building import build_network, fill, make_ready, unfilled
+from ..runs.likelihood import measure
+from ..runs.ranks import command, start
+from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
+from ..settings.model import DiffusionConfig, NetworkConfig
+from ..settings.options import exit_on_bad_input, parse_args, resolved
+from ..settings.sampling import LikelihoodConfig, SamplingConfig
+from ..storage.images import ImageFolder
+
+
+@command
+def main() -> None:
+    configs = parse_args(
+        __doc__,
+        (LikelihoodConfig, NetworkConfig, DiffusionConfig),
+        unread=(SamplingConfig, GuidanceConfig, OtherGuidanceConfig),
+    )
+    likelihood, network_config, diffusion_config = configs
+    job = start()
+    with exit_on_bad_input():
+        diffusion = build_diffusion(diffusion_config)
+        images = ImageFolder(
+            likelihood.data_dir, network_config.image_size, network_config.class_cond, crop=False, flip=False
+        )
+        if len(images.class_names) > network_config.num_classes:
+            raise ValueError(
+                f"num_classes: {network_config.num_classes}, but data_dir has {len(images.class_names)} classes"
+            )
+        with unfilled():
+            network = build_network(network_config, diffusion_config.learn_sigma)
+        fill(network, likelihood.model_path, network_config, diffusion_config.learn_sigma, job.device)
+        make_ready(network, network_config.use_fp16)
+    result = measure(images, network, diffusion, likelihood, resolved(*configs), job)
+    if result is None:
+        return
+    if likelihood.json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    total, prior = result["total_bpd"], result["prior_bpd"]
+    error = "" if total["error"] is None else f" ± {total['error']:.4f}"
+    print(f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}; N = {result['n']}")

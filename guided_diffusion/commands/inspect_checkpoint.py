@@ -1,0 +1,47 @@
+"""Tell what a checkpoint is: kind, parameters, the flags that fit it, and its attention blocks.
+
+  python scripts/inspect_checkpoint.py 256x256_diffusion_uncond.pt
+
+The names of the attention blocks are what --sag_block takes.
+"""
+
+import argparse
+
+from ..networks.inspection import NOT_IN_SHAPES, inspect
+from ..runs.ranks import command
+from ..settings.options import exit_on_bad_input
+from ..storage.checkpoints import load_state_dict
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help=".pt or .safetensors, local or an address")
+    parser.add_argument("--image_size", type=int, help="side of the images; default: guessed from the widths")
+    parser.add_argument("--num_heads", type=int, default=4, help="of the network's flags (default 4)")
+    parser.add_argument(
+        "--num_head_channels", type=int, default=-1, help="of the network's flags (default -1: num_heads)"
+    )
+    args = parser.parse_args()
+    with exit_on_bad_input():
+        state = load_state_dict(args.file)
+        try:
+            checkpoint = inspect({name: tensor.shape for name, tensor in state.items()}, args.image_size)
+        except ValueError as error:
+            raise ValueError(f"{args.file}: {error}") from None
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
+    print(f"{checkpoint.kind}, {checkpoint.parameters:,} parameters in {len(state)} tensors of {dtypes}")
+    if checkpoint.image_size is None:
+        factors = sorted({block.downsampling for block in checkpoint.attention})
+        print(f"its attention is on maps of image_size / {', / '.join(map(str, factors))}; --image_size N says more")
+    flags = " ".join(f"--{flag} {value}" for flag, value in checkpoint.flags.items())
+    size = checkpoint.image_size
+    print(f"flags that its shapes tell: {f'--image_size {size} ' if size else ''}{flags}")
+    if size and not args.image_size:
+        print(f"  image_size {size} is a guess from the widths; --image_size N if it is another")
+    print(f"  {NOT_IN_SHAPES}")
+    print("attention blocks (map sizes for that image; heads for the given --num_heads, --num_head_channels):")
+    for block in checkpoint.attention:
+        side = f"{size // block.downsampling}²" if size else f"image / {block.downsampling}"
+        heads = args.num_heads if args.num_head_channels == -1 else block.channels // args.num_head_channels
+        print(f"  {block.name:<20} {side:>6}  {block.channels:>5} channels  {heads:>3} heads")

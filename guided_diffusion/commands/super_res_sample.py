@@ -1,0 +1,43 @@
+"""Upsample images with a super-resolution diffusion model.
+
+Sample i is made of image i of --base_samples (an npz of image_sample.py or classifier_sample.py: arr_0 images, arr_1
+labels), which are used round and round. Writes samples_NxHxWx3.npz, grid.png, config.yaml and manifest.json:
+
+  python scripts/super_res_sample.py --config configs/adm_upsampler_64_256.yaml --base_samples 64_samples.npz
+"""
+
+from dataclasses import asdict
+
+from ..networks.building import fill, make_ready, unfilled
+from ..runs.conditions import base_condition
+from ..runs.pipeline import ImagePipeline
+from ..runs.ranks import command, start
+from ..runs.run import run
+from ..script_util import sr_create_model_and_diffusion
+from ..settings.model import OF_OTHER_SIZES, DiffusionConfig, NetworkConfig
+from ..settings.options import exit_on_bad_input, parse_args, resolved
+from ..settings.sampling import SamplingConfig, UpsamplingConfig
+
+NOT_HERE = (*OF_OTHER_SIZES, "labels", "balanced_labels")
+
+
+@command
+def main() -> None:
+    groups = (SamplingConfig, UpsamplingConfig, NetworkConfig, DiffusionConfig)
+    configs = parse_args(__doc__, groups, without=NOT_HERE)
+    job = start()
+    sampling, sizes, network_config, diffusion_config = configs
+    settings = {key: value for key, value in resolved(*configs).items() if key not in NOT_HERE}
+    with exit_on_bad_input():
+        if not sizes.base_samples:
+            raise ValueError("base_samples: give the npz of the images to begin with")
+        device = job.device
+        with unfilled():
+            network, diffusion = sr_create_model_and_diffusion(
+                sizes.large_size, sizes.small_size, **asdict(network_config) | asdict(diffusion_config)
+            )
+        condition_of = base_condition(sizes.base_samples, sizes.small_size, network.num_classes)
+        fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+        make_ready(network, network_config.use_fp16, sampling.compile)
+    pipeline = ImagePipeline(sampling, sizes.large_size, network, diffusion, device, condition_of)
+    run(pipeline, settings, f"super-resolution {sizes.small_size} → {sizes.large_size}", job)

@@ -1,0 +1,222 @@
+"""A denoiser turns (x_t, t, condition) into a Prediction; here is the one made of a network."""
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .process import ForwardProcess, NoiseLevels
+
+Condition = Mapping[str, Any]
+"""What the network is conditioned on, by argument name: tensors, rows first (`y`, `low_res`); values that are not
+tensors, or have another number of rows, are shared by all rows; empty: nothing."""
+
+
+class ModelMeanType(enum.Enum):
+    """What the network's first channels predict."""
+
+    PREVIOUS_X = enum.auto()
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+    VELOCITY = enum.auto()
+    """v of Salimans & Ho (2022), on a process of `NoiseLevels`."""
+
+
+class ModelVarType(enum.Enum):
+    """Where the variance of p(x_{t−1} | x_t) comes from."""
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+    @property
+    def learned(self) -> bool:
+        return self in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+
+def _unrestricted(x0: Tensor) -> Tensor:
+    return x0
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the network believes at (x_t, t, condition); all of x_t's shape [N, C, H, W], t [N] int64.
+
+    variance: None where the sampler has its own.
+    """
+
+    process: ForwardProcess | NoiseLevels
+    x_t: Tensor
+    t: Tensor
+    condition: Condition
+    eps: Tensor
+    raw_x0: Tensor
+    variance: Tensor | None = None
+    log_variance: Tensor | None = None
+    restrict: Callable[[Tensor], Tensor] = _unrestricted
+    """What makes x̂_0 of the raw one: the user's denoised_fn and the clamp to [−1, 1]."""
+    network_mean: Tensor | None = None
+    """The posterior mean itself, where the network predicts x_{t−1}."""
+    log_prob_grad: Tensor | None = None
+    """scale · ∇ log p(y | x_t) of a classifier; every sampler applies it in its own way."""
+    predicts: ModelMeanType = ModelMeanType.EPSILON
+    """What the network's own output is."""
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """x̂_0 after denoised_fn and clamp."""
+        return self.restrict(self.raw_x0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of p(x_{t−1} | x_t), before any classifier's shift."""
+        if self.network_mean is not None:
+            return self.network_mean
+        return self.process.q_posterior_mean(self.x0, self.x_t, self.t)
+
+    @property
+    def output(self) -> Tensor:
+        """The network output that this belief stands for, also where guidance has changed it."""
+        if self.predicts is ModelMeanType.EPSILON:
+            return self.eps
+        if self.predicts is ModelMeanType.START_X:
+            return self.raw_x0
+        if self.predicts is ModelMeanType.VELOCITY:
+            return self.process.velocity(self.raw_x0, self.t, self.eps)
+        return self.network_mean
+
+    def with_output(self, output: Tensor) -> "Prediction":
+        """What would be believed at the same x_t, had the network put out this."""
+        eps, x0, mean = _beliefs(self.predicts, self.process, self.x_t, self.t, output)
+        return replace(self, eps=eps, raw_x0=x0, network_mean=mean)
+
+    def with_eps(self, eps: Tensor, otherwise: Tensor | None = None) -> "Prediction":
+        """The same belief with another ε: x̂_0 and the mean follow it.
+
+        Where ᾱ = 0 and ε says nothing of x̂_0, x̂_0 is `otherwise`, by default kept.
+        """
+        kept = self.raw_x0 if otherwise is None else otherwise
+        defined = self.process.has_signal(self.t, self.x_t)
+        raw_x0 = torch.where(defined, self.process.x0_from_eps(self.x_t, self.t, eps), kept)
+        mean = None if self.network_mean is None else self.process.q_posterior_mean(raw_x0, self.x_t, self.t)
+        return replace(self, eps=eps, raw_x0=raw_x0, network_mean=mean)
+
+    def rows(self, part: slice, condition: Condition) -> "Prediction":
+        """The same belief for some of the rows, which have this condition."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut = {name: value[part] for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, **cut, condition=condition)
+
+
+Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]
+
+
+def _beliefs(
+    predicts: ModelMeanType, process: ForwardProcess | NoiseLevels, x_t: Tensor, t: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(ε, x̂_0, posterior mean or None), each straight from a network output at x_t."""
+    if predicts is ModelMeanType.EPSILON:
+        return output, process.x0_from_eps(x_t, t, output), None
+    if predicts is ModelMeanType.VELOCITY:
+        x0, eps = process.from_velocity(x_t, t, output)
+        return eps, x0, None
+    mean = output if predicts is ModelMeanType.PREVIOUS_X else None
+    x0 = output if mean is None else process.x0_from_previous(x_t, t, mean)
+    return process.eps_from_x0(x_t, t, x0), x0, mean
+
+
+def stacked(first: Any, second: Any, rows: int) -> Any:
+    """Two conditions as one of 2·rows rows: tensors of `rows` rows are joined, also inside of dicts and lists.
+
+    Anything else is shared by all rows and taken from `first`. A ValueError if the two have different keys.
+    """
+    if isinstance(first, Tensor):
+        return torch.cat([first, second]) if first.ndim and len(first) == rows else first
+    if isinstance(first, Mapping):
+        if first.keys() != second.keys():
+            raise ValueError(f"null condition: wanted the keys {sorted(first)}, got {sorted(second)}")
+        return {name: stacked(value, second[name], rows) for name, value in first.items()}
+    if isinstance(first, (list, tuple)):
+        return type(first)(stacked(one, other, rows) for one, other in zip(first, second, strict=True))
+    return first
+
+
+class NetworkDenoiser:
+    """A network as a Denoiser: reads its output by mean and variance type.
+
+    network(x_t, timesteps, **condition) gives [N, C, H, W], or [N, 2C, H, W] where the variance is learned.
+    var_type: None where the sampler has its own variance.
+    denoised_fn is applied to x̂_0 before the clamp.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        process: ForwardProcess | NoiseLevels,
+        mean_type: ModelMeanType = ModelMeanType.EPSILON,
+        var_type: ModelVarType | None = ModelVarType.LEARNED_RANGE,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.network = network
+        self.process = process
+        self.mean_type = mean_type
+        self.var_type = var_type
+        self.clip_denoised = clip_denoised
+        self.denoised_fn = denoised_fn
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        return self.read(self.network(x_t, self.process.network_timesteps(t), **condition), x_t, t, condition)
+
+    def read(self, output: Tensor, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """The Prediction that a network output stands for."""
+        variance, log_variance = self._variance(output, x_t, t)
+        eps, x0, mean = _beliefs(self.mean_type, self.process, x_t, t, output[:, : x_t.shape[1]])
+        return Prediction(
+            self.process,
+            x_t,
+            t,
+            condition,
+            eps,
+            x0,
+            variance,
+            log_variance,
+            self._restrict,
+            network_mean=mean,
+            predicts=self.mean_type,
+        )
+
+    def _restrict(self, x0: Tensor) -> Tensor:
+        if self.denoised_fn is not None:
+            x0 = self.denoised_fn(x0)
+        return x0.clamp(-1, 1) if self.clip_denoised else x0
+
+    def _variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.var_type is None:
+            return None, None
+        channels = x_t.shape[1]
+        wanted = 2 * channels if self.var_type.learned else channels
+        if output.shape != (x_t.shape[0], wanted, *x_t.shape[2:]):
+            raise ValueError(
+                f"learn_sigma: the network gives {tuple(output.shape)}, variance type {self.var_type.name} of a "
+                f"{tuple(x_t.shape)} input needs {wanted} channels"
+            )
+        if self.var_type is ModelVarType.LEARNED:
+            log_variance = output[:, channels:]
+            return log_variance.exp(), log_variance
+        if self.var_type is ModelVarType.LEARNED_RANGE:
+            low = self.process.at("posterior_log_variance_clipped", t, x_t)
+            fraction = (output[:, channels:] + 1) / 2
+            log_variance = fraction * self.process.at("log_betas", t, x_t) + (1 - fraction) * low
+            return log_variance.exp(), log_variance
+        if self.var_type is ModelVarType.FIXED_LARGE:
+            tables = "fixed_large_variance", "fixed_large_log_variance"
+        else:
+            tables = "posterior_variance", "posterior_log_variance_clipped"
+        variance, log_variance = (self.process.at(name, t, x_t).expand_as(x_t) for name in tables)
+        return variance, log_variance

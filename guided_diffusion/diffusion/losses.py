@@ -1,0 +1,137 @@
+"""Training losses and the variational bound (Ho et al. 2020; Nichol & Dhariwal 2021), in bits per dimension."""
+
+import enum
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .denoiser import Condition, Denoiser, ModelMeanType, NetworkDenoiser, Prediction
+from .process import ForwardProcess
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all dimensions but the first: [N, ...] to [N]."""
+    return x.flatten(1).mean(dim=1)
+
+
+class LossType(enum.Enum):
+    """MSE adds the bound of a learned variance as it is, RESCALED_MSE times T/1000; KL is the bound itself."""
+
+    MSE = enum.auto()
+    RESCALED_MSE = enum.auto()
+    KL = enum.auto()
+    RESCALED_KL = enum.auto()
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL divergence of two diagonal Gaussians in nats, elementwise; arguments broadcast."""
+    return 0.5 * (
+        log_variance2
+        - log_variance1
+        - 1
+        + (log_variance1 - log_variance2).exp()
+        + (mean1 - mean2) ** 2 * (-log_variance2).exp()
+    )
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
+    """log P of 8-bit values x (scaled to [−1, 1]) under a Gaussian integrated over each value's bin, in nats.
+
+    The normal distribution function is Φ(z) ≈ (1 + tanh(√(2/π)(z + 0.044715 z³)))/2, as in the published bounds.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    precision = (-log_scales).exp()
+    upper = cdf(precision * (x - means + 1 / 255))
+    lower = cdf(precision * (x - means - 1 / 255))
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()
+
+
+def vb_terms_bpd(prediction: Prediction, x0: Tensor) -> Tensor:
+    """One term of the variational bound for each row, [N] bits/dim: KL to the posterior, or −log p(x_0) at t = 0."""
+    process, t, x_t = prediction.process, prediction.t, prediction.x_t
+    kl = normal_kl(
+        process.q_posterior_mean(x0, x_t, t),
+        process.at("posterior_log_variance_clipped", t, x_t),
+        prediction.mean,
+        prediction.log_variance,
+    )
+    nll = -discretized_gaussian_log_likelihood(x0, prediction.mean, 0.5 * prediction.log_variance)
+    return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
+
+
+def prior_bpd(process: ForwardProcess, x0: Tensor) -> Tensor:
+    """KL of q(x_T | x_0) from the standard normal, [N] bits/dim."""
+    t = torch.full((len(x0),), process.num_timesteps - 1, device=x0.device)
+    mean = process.at("sqrt_alphas_cumprod", t, x0) * x0
+    zero = torch.zeros_like(x0[:1])
+    log_variance = process.at("log_one_minus_alphas_cumprod", t, x0)
+    return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
+
+
+def training_losses(
+    denoiser: NetworkDenoiser,
+    loss_type: LossType,
+    x0: Tensor,
+    t: Tensor,
+    condition: Condition,
+    noise: Tensor,
+) -> dict[str, Tensor]:
+    """Losses of one batch, each [N]: `loss`, and its parts `mse` and `vb` where there are two.
+
+    x0: [N, C, H, W] in [−1, 1]; t: [N] steps; noise: of x0's shape. The bound trains only the variance in the MSE
+    losses (its mean is detached: L_hybrid of Nichol & Dhariwal, Eq. 16).
+    """
+    process = denoiser.process
+    x_t = process.q_sample(x0, t, noise)
+    output = denoiser.network(x_t, process.network_timesteps(t), **condition)
+    if loss_type in (LossType.KL, LossType.RESCALED_KL):
+        loss = vb_terms_bpd(denoiser.read(output, x_t, t, condition), x0)
+        return {"loss": loss * process.num_timesteps if loss_type is LossType.RESCALED_KL else loss}
+    value, spread = output.split(x0.shape[1], dim=1) if denoiser.var_type.learned else (output, None)
+    target = {
+        ModelMeanType.EPSILON: lambda: noise,
+        ModelMeanType.START_X: lambda: x0,
+        ModelMeanType.PREVIOUS_X: lambda: process.q_posterior_mean(x0, x_t, t),
+    }[denoiser.mean_type]()
+    mse = mean_flat((target - value) ** 2)
+    if spread is None:
+        return {"loss": mse, "mse": mse}
+    vb = vb_terms_bpd(denoiser.read(torch.cat([value.detach(), spread], dim=1), x_t, t, condition), x0)
+    if loss_type is LossType.RESCALED_MSE:
+        vb = vb * process.num_timesteps / 1000
+    return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+@torch.no_grad()
+def bpd_loop(
+    denoiser: Denoiser, process: ForwardProcess, x0: Tensor, condition: Condition, noise_of: Callable[[int], Tensor]
+) -> dict[str, Tensor]:
+    """The whole variational bound of x0, [N, C, H, W] in [−1, 1].
+
+    noise_of: the noise of a step, of x0's shape. Returns `total_bpd` and `prior_bpd` [N] in bits/dim, and for each step
+    (last first) `vb` [N, T] in bits/dim, `xstart_mse` and `mse` (of ε) [N, T].
+    """
+    vb, xstart_mse, mse = [], [], []
+    for step in reversed(range(process.num_timesteps)):
+        t = torch.full((len(x0),), step, device=x0.device)
+        noise = noise_of(step)
+        prediction = denoiser(process.q_sample(x0, t, noise), t, condition)
+        vb.append(vb_terms_bpd(prediction, x0))
+        xstart_mse.append(mean_flat((prediction.x0 - x0) ** 2))
+        eps = process.eps_from_x0(prediction.x_t, t, prediction.x0)
+        mse.append(mean_flat((eps - noise) ** 2))
+    prior = prior_bpd(process, x0)
+    terms = torch.stack(vb, dim=1)
+    return {
+        "total_bpd": terms.sum(dim=1) + prior,
+        "prior_bpd": prior,
+        "vb": terms,
+        "xstart_mse": torch.stack(xstart_mse, dim=1),
+        "mse": torch.stack(mse, dim=1),
+    }

@@ -1,0 +1,78 @@
+"""Random numbers that belong to a sample: a function of (seed, sample index) alone, on any machine and any ranks."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..settings.options import check_seed
+
+# The purpose of a stream and the step stand in the high words of Philox's counter, so streams never meet.
+X_T, STEP, LABEL, MASK, ORDER, CROP, TRAINING, VALIDATION, DROPOUT = range(9)
+
+_drawing = ThreadPoolExecutor(1, thread_name_prefix="noise")
+
+
+def generator(seed: int, index: int, purpose: int, step: int = 0) -> np.random.Generator:
+    """The random numbers of sample `index` for one purpose and step."""
+    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, purpose, step]))
+
+
+def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> Tensor:
+    """A random class for every sample: [N] int64 in [0, num_classes)."""
+    return torch.tensor([int(generator(seed, index, LABEL).integers(num_classes)) for index in indices])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples the rows of a batch are."""
+
+    seed: int
+    indices: Sequence[int]
+
+    def uniform(self, steps: Sequence[int], count: int) -> Tensor:
+        """Numbers in [0, 1) for the masks of each row at its step: [N, count] float64."""
+        rows = [
+            generator(self.seed, index, MASK, step).random(count)
+            for index, step in zip(self.indices, steps, strict=True)
+        ]
+        return torch.from_numpy(np.stack(rows))
+
+
+class SampleNoise:
+    """Standard normal noise of samples `indices`, shape (C, H, W) each, float32 on `device`.
+
+    `x_T()` is the first noise; calling the object with a step gives that step's noise and begins to draw the noise
+    of the step below it in another thread.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
+        check_seed(seed)
+        self._seed, self._indices, self._shape, self._device = seed, list(indices), tuple(shape), device
+        self._ahead: tuple[int, Future[Tensor]] | None = None
+
+    def x_T(self) -> Tensor:
+        return self._draw(X_T, 0).to(self._device)
+
+    def __call__(self, step: int) -> Tensor:
+        ready = self._ahead if self._ahead and self._ahead[0] == step else None
+        noise = ready[1].result() if ready else self._draw(STEP, step)
+        self._ahead = (step - 1, _drawing.submit(self._draw, STEP, step - 1)) if step > 1 else None
+        return noise.to(self._device)
+
+    def _draw(self, purpose: int, step: int) -> Tensor:
+        rows = np.empty((len(self._indices), *self._shape), dtype=np.float32)
+        for row, index in zip(rows, self._indices, strict=True):
+            generator(self._seed, index, purpose, step).standard_normal(dtype=np.float32, out=row)
+        return torch.from_numpy(rows)
+
+
+def torch_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each sample, begun from its own stream, for samplers that draw their noise themselves."""
+    return [
+        torch.Generator().manual_seed(int(generator(seed, index, STEP).integers(2**63, dtype=np.uint64)))
+        for index in indices
+    ]

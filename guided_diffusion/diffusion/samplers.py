@@ -1,0 +1,107 @@
+"""Samplers: x_T down to x_0 by any denoiser. They know nothing of guidance, but for a classifier's gradient."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .denoiser import Condition, Denoiser, Prediction
+from .process import ForwardProcess
+
+Noise = Callable[[int], Tensor]
+"""Standard normal noise [N, C, H, W] of a step, counted in the respaced process; asked for once a step or never."""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """After the step from x_t to x_{t−1}: `x` is x_{t−1}, `prediction` the belief at x_t; t is respaced."""
+
+    t: int
+    x: Tensor
+    prediction: Prediction
+
+
+def _noise_free(prediction: Prediction) -> Tensor:
+    return (prediction.t == 0).reshape(-1, *[1] * (prediction.x_t.ndim - 1))
+
+
+def ddpm_step(prediction: Prediction, noise: Tensor | None) -> Tensor:
+    """x_{t−1} ~ N(μ, Σ) (Ho et al. 2020); a classifier shifts μ by Σ · ∇ log p (Dhariwal & Nichol, Alg. 1).
+
+    noise: of x_t's shape, not used where t = 0; None adds none.
+    """
+    mean = prediction.mean
+    if prediction.log_prob_grad is not None:
+        mean = mean + prediction.variance * prediction.log_prob_grad
+    if noise is None:
+        return mean
+    return torch.where(_noise_free(prediction), mean, mean + (0.5 * prediction.log_variance).exp() * noise)
+
+
+def ddim_belief(prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """(x̂_0, ε) that DDIM steps with: x̂_0 restricted and ε following it; a classifier moves ε (D. & N., Alg. 2)."""
+    process, x_t, t = prediction.process, prediction.x_t, prediction.t
+    x0 = prediction.x0
+    # Where x̂_0 was not changed, the network's own ε is the exact one.
+    eps = torch.where(x0 == prediction.raw_x0, prediction.eps, process.eps_from_x0(x_t, t, x0))
+    if prediction.log_prob_grad is not None:
+        eps = eps - process.at("sqrt_one_minus_alphas_cumprod", t, x_t) * prediction.log_prob_grad
+        # Where ᾱ = 0, ε says nothing of x̂_0.
+        x0 = torch.where(process.has_signal(t, x_t), process.x0_from_eps(x_t, t, eps), x0)
+    return x0, eps
+
+
+def ddim_step(prediction: Prediction, noise: Tensor | None, eta: float = 0.0) -> Tensor:
+    """x_{t−1} of DDIM (Song et al. 2021, Eq. 12); eta: 0 deterministic, 1 as random as DDPM."""
+    process, t, x_t = prediction.process, prediction.t, prediction.x_t
+    x0, eps = ddim_belief(prediction)
+    alpha_bar = process.at("alphas_cumprod", t, x_t)
+    alpha_bar_prev = process.at("alphas_cumprod_prev", t, x_t)
+    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
+    mean = x0 * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
+    return mean if noise is None else torch.where(_noise_free(prediction), mean, mean + sigma * noise)
+
+
+def ddim_reverse_step(prediction: Prediction) -> Tensor:
+    """x_{t+1} on the deterministic path of DDIM, from image to noise."""
+    x0, eps = ddim_belief(prediction)
+    alpha_bar_next = prediction.process.at("alphas_cumprod_next", prediction.t, prediction.x_t)
+    return x0 * alpha_bar_next.sqrt() + (1 - alpha_bar_next).sqrt() * eps
+
+
+def _descend(
+    advance: Callable[[Prediction, Tensor | None], Tensor],
+    denoiser: Denoiser,
+    process: ForwardProcess,
+    x_T: Tensor,
+    condition: Condition,
+    noise: Noise | None,
+) -> Iterator[State]:
+    x = x_T
+    for step in reversed(range(process.num_timesteps)):
+        t = torch.full((len(x),), step, device=x.device)
+        with torch.no_grad():
+            prediction = denoiser(x, t, condition)
+            x = advance(prediction, noise(step) if noise and step else None)
+        yield State(step, x, prediction)
+
+
+def ddpm(
+    denoiser: Denoiser, process: ForwardProcess, x_T: Tensor, condition: Condition, noise: Noise
+) -> Iterator[State]:
+    """Ancestral sampling from x_T, [N, C, H, W]: one State a step, the last one's x is the sample."""
+    return _descend(ddpm_step, denoiser, process, x_T, condition, noise)
+
+
+def ddim(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+    x_T: Tensor,
+    condition: Condition,
+    noise: Noise,
+    eta: float = 0.0,
+) -> Iterator[State]:
+    """DDIM from x_T, [N, C, H, W]; noise is asked for only where eta is not 0."""
+    return _descend(partial(ddim_step, eta=eta), denoiser, process, x_T, condition, noise if eta else None)

@@ -1,0 +1,161 @@
+"""From settings to guidances, and what is said of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..networks.attention import AttentionBlock, find_block
+from ..networks.unet import UNetModel
+from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
+from ..settings.model import NetworkConfig
+from ..settings.options import numbers
+from ..storage.files import read_arrays
+from .base import Guidance, Interval
+from .classifier_free import ClassifierFreeGuidance, null_class
+from .masked_blur import MaskedBlur, MaskGuidance
+from .masks import CentredSquare, GivenMaps, HighFrequency, Masking, RandomCells, everywhere
+from .perturbed_attention import PerturbedAttentionGuidance
+from .self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
+from .smoothed_energy import SmoothedEnergyGuidance
+
+
+def _given_maps(path: str, share: float) -> GivenMaps:
+    """The masks of an npz: `maps` [M, h, w], bool or float32."""
+    try:
+        with open(path, "rb") as file:
+            try:
+                arrays = read_arrays(file, {"maps": (np.dtype(np.float32), (None, None, None))})
+            except ValueError as error:
+                if "got bool" not in str(error):
+                    raise
+                arrays = read_arrays(file, {"maps": (np.dtype(bool), (None, None, None))})
+        return GivenMaps(maps=torch.from_numpy(arrays["maps"].copy()), share=share)
+    except FileNotFoundError:
+        raise ValueError(f"sag_mask: no such file {path!r}") from None
+    except ValueError as error:
+        raise ValueError(f"sag_mask: {path}: {error}") from None
+
+
+def _masking(config: GuidanceConfig) -> Masking:
+    if config.sag_mask == "global":
+        return everywhere
+    if config.sag_mask.endswith(".npz"):
+        return _given_maps(config.sag_mask, config.sag_mask_share)
+    kinds = {"high-frequency": HighFrequency, "random": RandomCells, "square": CentredSquare}
+    if config.sag_mask not in kinds:
+        known = ", ".join(["self-attention", "global", *kinds])
+        raise ValueError(f"sag_mask: wanted {known} or a FILE.npz, got {config.sag_mask!r}")
+    return kinds[config.sag_mask](config.sag_mask_share)
+
+
+def interval_of(guide_interval: str, guide_start: int | None = None) -> Interval:
+    """The guided part of the process that these flags mean."""
+    low_high = numbers("guide_interval", guide_interval, float)
+    if len(low_high) != 2:
+        raise ValueError(f"guide_interval: wanted lo,hi, got {guide_interval!r}")
+    return Interval(*low_high, start=guide_start)
+
+
+def _when(config: GuidanceConfig) -> dict[str, Any]:
+    """The steps at which all guidances of a configuration act."""
+    return {"interval": interval_of(config.guide_interval, config.guide_start), "every": config.guide_every}
+
+
+def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
+    """Self-attention guidance of a configuration for a network, or the same with another mask."""
+    reference = config.fidelity == "reference"
+    common = {
+        "scale": config.scale,
+        "blur_sigma": config.blur_sigma,
+        "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
+        **_when(config),
+    }
+    if config.sag_mask_share != GuidanceConfig.sag_mask_share and config.sag_mask in ("self-attention", "global"):
+        raise ValueError(f"sag_mask_share: the mask {config.sag_mask} has no share that could be chosen")
+    if config.sag_mask != "self-attention":
+        if reference:
+            raise ValueError(f"fidelity: reference has the self-attention mask only, got sag_mask {config.sag_mask}")
+        return MaskGuidance(masking=_masking(config), **common)
+    return SelfAttentionGuidance(
+        block=find_block(network, config.block_name),
+        threshold=config.sag_threshold,
+        reference_heads=network.num_heads if reference else None,
+        **common,
+    )
+
+
+def build_other_guidances(
+    network: UNetModel, config: OtherGuidanceConfig, when: GuidanceConfig, null_label: int | None
+) -> list[Guidance]:
+    """The guidances of a configuration beside self-attention guidance, but those with scale 0.
+
+    when: says at which steps they act. null_label: the network's label for no class, None where it has none.
+    """
+    common = _when(when)
+    guidances: list[Guidance] = []
+    if config.cfg_scale:
+        if null_label is None:
+            raise ValueError("cfg_scale: needs a network with classes and a null label (class_cond, null_label)")
+        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null_class(null_label), **common))
+    if config.pag_scale:
+        blocks = _blocks(network, "pag_blocks", config.pag_blocks)
+        guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, **common))
+    if config.seg_scale:
+        blocks = _blocks(network, "seg_blocks", config.seg_blocks)
+        guidances.append(
+            SmoothedEnergyGuidance(scale=config.seg_scale, blocks=blocks, sigma=config.seg_sigma, **common)
+        )
+    return guidances
+
+
+def _blocks(network: UNetModel, key: str, names: str) -> tuple[AttentionBlock, ...]:
+    try:
+        return tuple(find_block(network, name.strip()) for name in names.split(","))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def guidances_of(
+    config: GuidanceConfig, others: OtherGuidanceConfig, network: UNetModel, about: NetworkConfig, labels: str
+) -> list[Guidance]:
+    """The guidances that flags ask for, self-attention guidance first.
+
+    That one is checked also where its scale is 0, unless its flags are at their defaults. about: the network's
+    configuration. labels: the flag, to refuse classifier-free guidance where no sample has a class.
+    """
+    if others.cfg_scale and labels == "none":
+        raise ValueError("cfg_scale: with labels none there is no class to guide to; give --labels random or classes")
+    null_label = about.num_classes if about.class_cond and about.null_label else None
+    guidances = build_other_guidances(network, others, config, null_label)
+    off = GuidanceConfig(
+        guide_start=config.guide_start, guide_interval=config.guide_interval, guide_every=config.guide_every
+    )
+    return guidances if config == off else [build_guidance(network, config), *guidances]
+
+
+def describe_guidance(
+    config: GuidanceConfig, others: OtherGuidanceConfig, guidances: Sequence[Guidance], num_timesteps: int
+) -> str:
+    """For people: a line for each guidance, and how many steps it acts at."""
+    acting = [guidance for guidance in guidances if guidance.scale]
+    if not acting:
+        return "self-attention guidance: off"
+    steps = int(acting[0].interval.contains(torch.arange(num_timesteps), num_timesteps).sum())
+    at = f"{steps} of {num_timesteps} steps" + (f", every {config.guide_every}" if config.guide_every > 1 else "")
+    lines = []
+    if config.scale:
+        mask = f"ψ = {config.sag_threshold:g}, σ = {config.blur_sigma:g} at {config.block_name}"
+        if config.sag_mask != "self-attention":
+            share = "" if config.sag_mask == "global" else f" ({config.sag_mask_share:g})"
+            mask = f"{config.sag_mask} mask{share}, σ = {config.blur_sigma:g}"
+        lines.append(f"self-attention guidance: s = {config.scale:g}, {mask}, {at}, {config.fidelity}")
+    if others.cfg_scale:
+        lines.append(f"classifier-free guidance: s_c = {others.cfg_scale:g}, {at}")
+    if others.pag_scale:
+        lines.append(f"perturbed-attention guidance: s = {others.pag_scale:g} at {others.pag_blocks}, {at}")
+    if others.seg_scale:
+        blur = f"σ = {others.seg_sigma:g} at {others.seg_blocks}"
+        lines.append(f"smoothed energy guidance: s = {others.seg_scale:g}, {blur}, {at}")
+    return "\n".join(lines)

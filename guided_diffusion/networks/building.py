@@ -1,0 +1,122 @@
+"""From settings to networks: built without memory, filled from a checkpoint, and made ready to be called."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..settings.model import NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
+from ..settings.options import numbers
+from ..storage.checkpoints import load_into
+from .inspection import CHANNEL_MULTS, wrong_flags
+from .unet import EncoderUNetModel, SuperResModel, UNetModel
+
+
+def _levels(image_size: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
+    if not channel_mult and image_size not in CHANNEL_MULTS:
+        known = ", ".join(map(str, CHANNEL_MULTS))
+        raise ValueError(f"{key}: none is known for image_size {image_size} (only for {known}); give it")
+    levels = numbers(key, channel_mult or CHANNEL_MULTS[image_size], float)
+    if image_size % 2 ** (len(levels) - 1):
+        raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as {key} asks")
+    return levels
+
+
+def _downsampling(image_size: int, attention_resolutions: str) -> list[int]:
+    """Upstream's rule: the sides in the flag become factors by which the image is downsampled."""
+    return [image_size // side for side in numbers("attention_resolutions", attention_resolutions, int) if side > 0]
+
+
+def network_arguments(config: NetworkConfig, learn_sigma: bool) -> dict[str, Any]:
+    """What `UNetModel` is made with."""
+    levels = _levels(config.image_size, config.channel_mult)
+    return {
+        "image_size": config.image_size,
+        "in_channels": 3,
+        "model_channels": config.num_channels,
+        "out_channels": 6 if learn_sigma else 3,
+        "num_res_blocks": config.num_res_blocks,
+        "attention_resolutions": _downsampling(config.image_size, config.attention_resolutions),
+        "dropout": config.dropout,
+        "channel_mult": levels,
+        "num_classes": config.num_classes + config.null_label if config.class_cond else None,
+        "use_checkpoint": config.use_checkpoint,
+        "num_heads": config.num_heads,
+        "num_head_channels": config.num_head_channels,
+        "num_heads_upsample": config.num_heads_upsample,
+        "use_scale_shift_norm": config.use_scale_shift_norm,
+        "resblock_updown": config.resblock_updown,
+        "use_new_attention_order": config.use_new_attention_order,
+    }
+
+
+def build_network(config: NetworkConfig, learn_sigma: bool) -> UNetModel:
+    """The UNet of a configuration, with random weights."""
+    return UNetModel(**network_arguments(config, learn_sigma))
+
+
+def upsampling(config: NetworkConfig, large_size: int, small_size: int) -> NetworkConfig:
+    """The configuration of a super-resolution network; small_size is checked alone, the network takes any."""
+    if not 0 < small_size <= large_size:
+        raise ValueError(f"small_size: wanted 1 to large_size ({large_size}), got {small_size}")
+    # Upstream's 512² upsampler has the levels of its 256² one.
+    return replace(config, image_size=large_size, channel_mult=CHANNEL_MULTS[256] if large_size == 512 else "")
+
+
+def build_upsampler(sizes: SuperResolutionConfig, config: NetworkConfig, learn_sigma: bool) -> SuperResModel:
+    """The super-resolution network of a configuration, with random weights."""
+    return SuperResModel(**network_arguments(upsampling(config, sizes.large_size, sizes.small_size), learn_sigma))
+
+
+def classifier_arguments(image_size: int, config: ClassifierConfig, num_classes: int = NUM_CLASSES) -> dict[str, Any]:
+    """What `EncoderUNetModel` is made with."""
+    return {
+        "image_size": image_size,
+        "in_channels": 3,
+        "model_channels": config.classifier_width,
+        "out_channels": num_classes,
+        "num_res_blocks": config.classifier_depth,
+        "attention_resolutions": _downsampling(image_size, config.classifier_attention_resolutions),
+        "channel_mult": _levels(image_size, config.classifier_channel_mult, "classifier_channel_mult"),
+        "num_head_channels": 64,
+        "use_scale_shift_norm": config.classifier_use_scale_shift_norm,
+        "resblock_updown": config.classifier_resblock_updown,
+        "pool": config.classifier_pool,
+    }
+
+
+def build_classifier(image_size: int, config: ClassifierConfig, num_classes: int = NUM_CLASSES) -> EncoderUNetModel:
+    """The noisy-image classifier of a configuration, with random weights."""
+    return EncoderUNetModel(**classifier_arguments(image_size, config, num_classes))
+
+
+def unfilled() -> torch.device:
+    """A context in which networks are built without memory; `fill` gives it to them."""
+    return torch.device("meta")
+
+
+def fill(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> None:
+    """Fill a network (built on the meta device) from `path`; a ValueError names the flags that do not fit the file."""
+    explain = partial(wrong_flags, network=config, image_size=network.image_size, learn_sigma=learn_sigma)
+    load_into(network, path, device, explain)
+
+
+def make_ready(network: UNetModel | EncoderUNetModel, use_fp16: bool, compiled: bool = False) -> None:
+    """Make a filled network ready to be called: without gradients, in the dtype and memory layout it runs best in."""
+    network.eval().requires_grad_(False)
+    if use_fp16:
+        network.convert_to_fp16()
+    if next(network.parameters()).device.type == "cpu":
+        # Not on a GPU, whose group norm copies everything back.
+        network.to(memory_format=torch.channels_last)
+    if compiled:
+        network.compile_blocks()
+
+
+def fill_at_random(network: nn.Module, device: torch.device) -> None:
+    """Numbers of no meaning for a network built on the meta device: to measure its speed without its weights."""
+    network.to_empty(device=device)
+    for tensor in network.state_dict().values():
+        tensor.normal_(std=0.02)

@@ -1,0 +1,85 @@
+"""What makes samples what they are: the identity of a run, its folder, and the versions that made it."""
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..__init__ import __version__
+from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
+from ..settings.model import ClassifierConfig
+from ..settings.options import later_defaults
+from ..settings.sampling import SamplingConfig
+from ..storage.fetch import local_path
+from ..storage.files import join
+from .pipeline import Pipeline
+from .sample_store import settings_hash
+
+OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "grace", "log_json"}
+"""Settings that do not change any sample."""
+
+
+INPUT_FILES = (
+    "model_path",
+    "classifier_path",
+    "base_samples",
+    "sag_mask",
+    "model",
+    "model_config",
+    "prompts",
+    "image",
+    "image_mask",
+)
+"""Settings that name a file or a model's folder, or may: its contents count, not its name."""
+
+
+IN_MODELS = (".json", ".txt", ".safetensors")
+"""The files of a model's folder that count."""
+
+
+LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig)
+"""Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
+
+
+def _file_hash(path: str) -> str:
+    if os.path.isdir(path):
+        # A model's parts are one folder each; what else lies in its folder is not read.
+        files = sorted(file for file in Path(path).glob("*/*") if file.suffix in IN_MODELS)
+        return settings_hash({str(file.relative_to(path)): _file_hash(str(file)) for file in files})
+    with open(local_path(path), "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes sample i what it is, and the cut into shards: settings, and the contents of the files they name."""
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in OF_THE_RUN and not (key in LATER and value == LATER[key])
+    }
+    files = [key for key in INPUT_FILES if kept.get(key) and (key != "sag_mask" or kept[key].endswith(".npz"))]
+    return kept | {key: _file_hash(kept[key]) for key in files}
+
+
+def output_folder(pipeline: Pipeline, made_of: dict[str, Any]) -> str:
+    """Where a run writes: --out_dir, else $OPENAI_LOGDIR, else runs/MODEL-HASH."""
+    name = f"{pipeline.name}-{settings_hash(made_of)[:8]}"
+    return pipeline.config.out_dir or os.environ.get("OPENAI_LOGDIR") or join("runs", name)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    return {
+        "guided_diffusion": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    } | {name: sys.modules[name].__version__ for name in ("diffusers", "transformers") if sys.modules.get(name)}

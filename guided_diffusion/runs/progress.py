@@ -1,0 +1,90 @@
+"""What a run shows while it works, and how it is stopped."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from .ranks import Job
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Progress:
+    """How far the whole job is, shown by rank 0: a bar on a terminal, else lines, or JSON lines."""
+
+    def __init__(self, job: Job, counter: str, samples: int, done: int, steps: int, log_json: bool):
+        self._job, self._counter, self._steps, self._json = job, counter, steps, log_json
+        self._samples, self._before, self._started, self._said = samples, done, time.monotonic(), time.monotonic()
+        quiet = True if log_json or job.rank else None
+        self._bar = tqdm(total=samples, initial=done, unit="image", dynamic_ncols=True, disable=quiet)
+
+    def add(self, image_steps: int) -> None:
+        total = self._job.add(self._counter, image_steps)
+        if self._job.rank == 0:
+            self._show(total // self._steps)
+
+    def _show(self, made: int) -> None:
+        done = self._before + made
+        if not self._bar.disable:
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+            self.say(made)
+
+    def say(self, made: int) -> None:
+        """One line: how many are done, how fast, and how long it still takes."""
+        self._said = time.monotonic()
+        rate = made / max(1e-9, self._said - self._started)
+        left = self._samples - self._before - made
+        line = {
+            "samples": self._before + made,
+            "of": self._samples,
+            "images_per_s": round(rate, 3),
+            "seconds_left": round(left / rate) if rate else None,
+        }
+        text = json.dumps(line) if self._json else ", ".join(f"{key} {value}" for key, value in line.items())
+        sys.stderr.write(f"{text}\n")
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._json and self._job.rank == 0:
+            self.say(self._job.add(self._counter, 0) // self._steps)
+
+
+class Signals:
+    """SIGTERM and SIGINT: stop at the next step, or at the end of the shard if that comes within `grace` seconds."""
+
+    def __init__(self, grace: float, job: Job, counter: str):
+        self._grace, self._job, self._counter = grace, job, counter
+        self._asked: tuple[int, float] | None = None
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        self._asked = self._asked or (number, time.monotonic())
+
+    def stop_if_asked(self, shard_is_done: bool) -> None:
+        """Exit if a signal came: a rank that ends takes the job along, so it first waits for the others' shards."""
+        if self._asked is None:
+            return
+        number, since = self._asked
+        if not shard_is_done and time.monotonic() - since < self._grace:
+            return
+        if self._job.add(self._counter) == 1:
+            name = signal.Signals(number).name
+            sys.stderr.write(f"stopped by {name}; the same command goes on from the last whole shard\n")
+        while self._job.add(self._counter, 0) < self._job.size and time.monotonic() - since < self._grace:
+            time.sleep(0.1)
+        raise SystemExit(128 + number)

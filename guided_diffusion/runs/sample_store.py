@@ -1,0 +1,239 @@
+"""Samples on disk: shards, each written whole; a manifest; resuming; and the merge into one npz."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import blobfile as bf
+import numpy as np
+from filelock import FileLock, Timeout
+
+from ..storage.files import is_address, join, read_arrays, write_atomically
+
+
+class DamagedError(ValueError):
+    """A shard that is not what it should be: it is made again."""
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(*arrays: np.ndarray | None) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """Samples: images uint8 [N, H, W, 3], labels int64 [N] or None, and the network evaluations each of them took."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    evaluations: float
+
+
+@dataclass(frozen=True)
+class SampleStore:
+    """The folder of one run.
+
+    folder: local or remote. identity: every setting that makes a sample what it is, and the cut into shards; a folder
+    holds samples of one identity. shape: of a sample, (H, W, 3), uint8. labelled: whether samples have a class.
+    """
+
+    folder: str
+    identity: Mapping[str, Any]
+    num_samples: int
+    shard_size: int
+    shape: tuple[int, int, int]
+    labelled: bool
+
+    @property
+    def hash(self) -> str:
+        return settings_hash(self.identity)
+
+    @property
+    def shards(self) -> range:
+        return range(-(-self.num_samples // self.shard_size))
+
+    def indices(self, shard: int) -> range:
+        """The samples of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
+
+    def path(self, shard: int) -> str:
+        return join(self.folder, "shards", f"shard_{shard:06d}.npz")
+
+    @property
+    def manifest_path(self) -> str:
+        return join(self.folder, "manifest.json")
+
+    @property
+    def samples_path(self) -> str:
+        size = "x".join(map(str, (self.num_samples, *self.shape)))
+        return join(self.folder, f"samples_{size}.npz")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of a local folder while this one works; a ValueError if one is there."""
+        if is_address(self.folder):
+            yield
+            return
+        os.makedirs(self.folder, exist_ok=True)
+        lock = FileLock(join(self.folder, ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.folder}: another run is writing here; give another --out_dir") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check(self) -> str:
+        """Compare the folder's manifest with this run; a ValueError names what differs. Returns a word for the log."""
+        if not bf.exists(self.manifest_path):
+            return ""
+        try:
+            with bf.BlobFile(self.manifest_path, "rb") as file:
+                manifest = json.loads(file.read(2**24))
+            theirs = dict(manifest["identity"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return f"{self.manifest_path} is damaged and is written again; shards tell by themselves what they are\n"
+        ours = json.loads(json.dumps(dict(self.identity)))
+        different = [
+            f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        if different and self._holds_shards():
+            raise ValueError(
+                f"{self.folder} holds samples made otherwise: {'; '.join(different)}; give another --out_dir, or "
+                "--overwrite True to delete them"
+            )
+        return ""
+
+    def _holds_shards(self) -> bool:
+        shards = join(self.folder, "shards")
+        return bf.isdir(shards) and any(name.endswith(".npz") for name in bf.listdir(shards))
+
+    def sweep(self) -> None:
+        """Delete the temporary files that a killed run left half-written in a local folder."""
+        if is_address(self.folder):
+            return
+        for folder in (self.folder, join(self.folder, "shards")):
+            for name in os.listdir(folder) if os.path.isdir(folder) else []:
+                if name.startswith(".") and ".npz." in name:
+                    os.unlink(join(folder, name))
+
+    def clear(self) -> None:
+        """Delete what an earlier run left: shards and manifest."""
+        if bf.isdir(join(self.folder, "shards")):
+            (bf.rmtree if is_address(self.folder) else shutil.rmtree)(join(self.folder, "shards"))
+        if bf.exists(self.manifest_path):
+            bf.remove(self.manifest_path)
+
+    def write_manifest(self, about: Mapping[str, Any]) -> None:
+        """Write manifest.json: the identity, its hash, and what is known about the run."""
+        manifest = {"identity": self.identity, "hash": self.hash, "samples": self.num_samples, **about}
+        write_atomically(self.manifest_path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+
+    def missing(self) -> list[int]:
+        """The shards that are not there whole; damaged ones count as missing."""
+        return [shard for shard in self.shards if not self._is_whole(shard)]
+
+    def _is_whole(self, shard: int) -> bool:
+        try:
+            self.read(shard)
+        except (DamagedError, FileNotFoundError):
+            return False
+        return True
+
+    def write(self, number: int, shard: Shard) -> None:
+        """Write a shard."""
+        about = {
+            "hash": self.hash,
+            "seed": self.identity.get("seed"),
+            "first": self.indices(number)[0],
+            "evaluations": shard.evaluations,
+            "sha256": _digest(shard.images, shard.labels),
+        }
+        arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "arr_0": shard.images}
+        if shard.labels is not None:
+            arrays["arr_1"] = shard.labels
+        write_atomically(self.path(number), lambda file: np.savez(file, **arrays))
+
+    def read(self, number: int) -> Shard:
+        """A shard; `DamagedError` if it is not what this run would write."""
+        count = len(self.indices(number))
+        wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]] = {
+            "about": (np.dtype(np.uint8), (None,)),
+            "arr_0": (np.dtype(np.uint8), (count, *self.shape)),
+        }
+        if self.labelled:
+            wanted["arr_1"] = (np.dtype(np.int64), (count,))
+        with bf.BlobFile(self.path(number), "rb", streaming=is_address(self.folder)) as file:
+            try:
+                arrays = read_arrays(file, wanted)
+                about = json.loads(arrays["about"].tobytes())
+                found = (about["hash"], about["first"], about["sha256"])
+                shard = Shard(arrays["arr_0"], arrays.get("arr_1"), float(about["evaluations"]))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DamagedError(f"{self.path(number)}: {error}") from None
+        if found != (self.hash, self.indices(number)[0], _digest(shard.images, shard.labels)):
+            raise DamagedError(f"{self.path(number)}: not the samples of this run, or damaged")
+        return shard
+
+    def merge(self) -> float:
+        """Write all shards as one npz (arr_0 images, arr_1 labels), one shard in memory at a time.
+
+        Returns the network evaluations per sample.
+        """
+        evaluations = 0.0
+
+        def stream(file: BinaryIO) -> None:
+            nonlocal evaluations
+            labels = []
+            with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_samples, *self.shape)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for number in self.shards:
+                        shard = self.read(number)
+                        member.write(shard.images.data)
+                        labels.append(shard.labels)
+                        evaluations += shard.evaluations * len(shard.images)
+                if self.labelled:
+                    with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                        np.lib.format.write_array(member, np.concatenate(labels), version=(1, 0))
+
+        write_atomically(self.samples_path, stream)
+        return evaluations / self.num_samples
+
+    def first(self, count: int) -> np.ndarray:
+        """The first `count` samples, or all if there are fewer: uint8 [N, H, W, 3]."""
+        needed = -(-min(count, self.num_samples) // self.shard_size)
+        return np.concatenate([self.read(number).images for number in range(needed)])[:count]
+
+
+def batch_size_of(folder: str) -> int:
+    """The batch size that a folder's manifest tells, or 0."""
+    try:
+        with bf.BlobFile(join(folder, "manifest.json"), "rb") as file:
+            return max(0, int(json.loads(file.read(2**24))["batch_size"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, bf.Error):
+        return 0
+
+
+def batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """A shard's samples cut into batches, always in the same way."""
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]

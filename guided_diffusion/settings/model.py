@@ -1,0 +1,90 @@
+"""The settings of networks, diffusion and guidance: what upstream's, the authors' and our flags are called."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from .options import option
+
+NUM_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """network (as the checkpoint was trained)"""
+
+    image_size: int = option(64, "side of the images in pixels")
+    num_channels: int = option(128, "channels of the first level")
+    num_res_blocks: int = option(2, "residual blocks per level")
+    num_heads: int = option(4, "attention heads, where num_head_channels is -1")
+    num_heads_upsample: int = option(-1, "attention heads of the upward path; -1: as num_heads")
+    num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads")
+    attention_resolutions: str = option("16,8", "sides of the feature maps that get attention")
+    channel_mult: str = option("", "widths of the levels in units of num_channels, like 1,2,2; empty: by image_size")
+    dropout: float = option(0.0, "dropout of the residual blocks")
+    class_cond: bool = option(False, "the network takes class labels")
+    num_classes: int = option(NUM_CLASSES, "number of classes, where class_cond")
+    null_label: bool = option(False, "the network has one more label, which stands for no class")
+    use_checkpoint: bool = option(False, "recompute activations in training to save memory")
+    use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
+    resblock_updown: bool = option(False, "residual blocks resample, not plain convolutions")
+    use_fp16: bool = option(False, "half precision: float16 on a GPU, bfloat16 on a CPU that has it")
+    use_new_attention_order: bool = option(False, "q, k, v are stored one after the other (no shape shows it)")
+
+    def __post_init__(self):
+        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """diffusion (as the checkpoint was trained, but for the respacing)"""
+
+    learn_sigma: bool = option(False, "the network also predicts the variance Σ")
+    diffusion_steps: int = option(1000, "steps T of the training process")
+    noise_schedule: str = option("linear", "linear or cosine")
+    timestep_respacing: str = option(
+        "",
+        "steps to sample with: 250, 10,15,20 (by thirds), ddim25, or logsnr20 (even in log α/σ); empty: all",
+    )
+    use_kl: bool = option(False, "train the variational bound")
+    predict_xstart: bool = option(False, "the network predicts x_0, not ε")
+    rescale_timesteps: bool = option(False, "the network sees timesteps scaled to [0, 1000)")
+    rescale_learned_sigmas: bool = option(False, "train the bound scaled by T/1000 beside the MSE")
+
+    def remark(self, given: Container[str]) -> str:
+        """A warning about flags that were not among the given ones, or nothing."""
+        if self.diffusion_steps <= 1000 or "rescale_timesteps" in given:
+            return ""
+        return (
+            "rescale_timesteps is False as in guided-diffusion; a model of improved-diffusion trained with that "
+            "repository's default needs --rescale_timesteps True, or it samples noise"
+        )
+
+
+@dataclass(frozen=True)
+class SuperResolutionConfig:
+    """super-resolution"""
+
+    large_size: int = option(256, "side of the images to make")
+    small_size: int = option(64, "side of the images to begin with")
+
+
+OF_OTHER_SIZES = ("image_size", "channel_mult")
+"""Settings of networks that follow from large_size in super-resolution."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """noisy-image classifier (as its checkpoint was trained)"""
+
+    classifier_use_fp16: bool = option(False, "half precision: float16 on a GPU, bfloat16 on a CPU that has it")
+    classifier_width: int = option(128, "channels of the first level")
+    classifier_depth: int = option(2, "residual blocks per level")
+    classifier_channel_mult: str = option(
+        "", "widths of the levels in units of classifier_width, like 1,2,2; empty: by image_size", later=True
+    )
+    classifier_attention_resolutions: str = option("32,16,8", "sides of the feature maps that get attention")
+    classifier_use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
+    classifier_resblock_updown: bool = option(True, "residual blocks resample, not plain convolutions")
+    classifier_pool: str = option("attention", "head: adaptive, attention, spatial or spatial_v2")

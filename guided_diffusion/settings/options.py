@@ -1,0 +1,241 @@
+"""Settings as frozen dataclasses: one field = one key of a YAML file = one flag of a script."""
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import os
+import types
+import typing
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import blobfile as bf
+import yaml
+
+log = logging.getLogger(__name__)
+
+
+class BadInput(SystemExit):
+    """What the user gave is wrong: one sentence, exit status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(2)
+        self.message = message
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise BadInput(f"{message} (--help lists the flags)")
+
+
+def option(
+    default: Any, help: str, path: bool | str = False, later: bool = False, words: Mapping[str, Any] | None = None
+) -> Any:
+    """A dataclass field with the help text of its flag.
+
+    path: a file to read, in a YAML file relative to that file; a suffix: so are values that end with it. later: newer
+    than results that it does not change at its default (`later_defaults`). words: values that a word stands for.
+    """
+    about = {"help": help, "path": path, "later": later, "words": words or {}}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def is_path(field: dataclasses.Field, value: Any) -> bool:
+    """Whether the value of a setting names a file to read."""
+    path = field.metadata["path"]
+    return bool(value) and (path is True or (bool(path) and str(value).endswith(path)))
+
+
+def later_defaults(*groups: type) -> dict[str, Any]:
+    """The flags that came later: at these values, a result is the same as from before there was the flag."""
+    return {
+        field.name: field.default for group in groups for field in dataclasses.fields(group) if field.metadata["later"]
+    }
+
+
+def parse_value(text: Any, kind: Any, key: str) -> Any:
+    """The value of one setting from a flag's text or a YAML scalar, as the field's type `kind` wants it."""
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        if text is None or text == "":
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        word = str(text).lower()
+        if word in words:
+            return words[word]
+        raise ValueError(f"{key}: wanted True or False, got {text!r}")
+    if isinstance(text, (list, dict)) or text is None or (isinstance(text, bool) and kind is not str):
+        raise ValueError(f"{key}: wanted {kind.__name__}, got {text!r}")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{key}: wanted {kind.__name__}, got {text!r}") from None
+
+
+def numbers(key: str, text: str, kind: type) -> list[Any]:
+    """The values of a setting that lists them, like 1,2,2."""
+    return [parse_value(part, kind, key) for part in text.split(",")]
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The keys and values of a configuration file; a ValueError says what is wrong with it."""
+    try:
+        with bf.BlobFile(path, "r") as file:
+            values = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, bf.Error) as error:
+        raise ValueError(f"--config {path}: cannot be read ({type(error).__name__})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"--config {path}: wanted lines of key: value")
+    return {key: value for key, value in values.items() if key not in NOTES}
+
+
+OTHER_NAMES = {
+    "guide_scale": {"sag_scale"},
+    "sag_scale": {"guide_scale"},
+    "sel_attn_block": {"sag_block"},
+    "sel_attn_depth": {"sag_block"},
+    "sampler": {"use_ddim"},
+    "use_ddim": {"sampler"},
+}
+"""Flags that say the same in another way: a later layer's one replaces an earlier layer's other."""
+
+NOTES = {"paper", "published"}
+"""Keys of a configuration file that are for people and tables, not flags."""
+
+
+def _fields(groups: tuple[type, ...], without: Container[str] = ()) -> dict[str, tuple[dataclasses.Field, Any]]:
+    found = {}
+    for group in groups:
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            if field.name not in without:
+                found[field.name] = (field, hints[field.name])
+    return found
+
+
+def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], without: Container[str] = ()) -> list[Any]:
+    """An instance of every dataclass in `groups` from layers (source, {key: value}), the later one winning.
+
+    without: fields that are no keys here. A ValueError names the source and the key that is unknown, and the nearest
+    right one.
+    """
+    fields = _fields(groups, without)
+    values = {}
+    for source, layer in layers:
+        for key in layer:
+            for other in OTHER_NAMES.get(key, set()) - set(layer):
+                values.pop(other, None)
+        for key, value in layer.items():
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                raise ValueError(f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            field, kind = fields[key]
+            words = field.metadata["words"]
+            values[key] = words[value] if str(value) in words else parse_value(value, kind, f"{source}: {key}")
+    return [
+        group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
+        for group in groups
+    ]
+
+
+def parse_args(
+    description: str,
+    groups: tuple[type, ...],
+    argv: list[str] | None = None,
+    default_config: str | None = None,
+    without: Container[str] = (),
+    unread: tuple[type, ...] = (),
+) -> list[Any]:
+    """Command line to one instance of every dataclass in `groups`: defaults < `--config` files < flags.
+
+    without: fields of the groups that are no flags here. unread: groups of other scripts whose fields a `--config` file
+    may have all the same. A group's method `remark(given)`, if it has one, is asked
+    for a warning about what was given and what was not.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        help="YAML file of settings, one `flag: value` a line; a later file wins, and flags win over files"
+        + (f" (default: {default_config})" if default_config else ""),
+    )
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__)
+        hints = typing.get_type_hints(group)
+        # A group's own flags come before those it shares with others.
+        for field in sorted(dataclasses.fields(group), key=lambda field: field.name not in group.__annotations__):
+            if field.name in without:
+                continue
+            is_bool = bool in (hints[field.name], *typing.get_args(hints[field.name]))
+            shown = "" if field.default in ("", None) else f" (default: {field.default})"
+            section.add_argument(
+                f"--{field.name}",
+                default=argparse.SUPPRESS,
+                metavar="BOOL" if is_bool else field.name.rpartition("_")[2].upper(),
+                help=field.metadata["help"].replace("%", "%%") + shown,
+                **({"nargs": "?", "const": "True"} if is_bool else {}),
+            )
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        near = difflib.get_close_matches(name, _fields(groups, without), n=1)
+        parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else ""))
+    flags = vars(known)
+    files = flags.pop("config", None) or ([default_config] if default_config else [])
+    with exit_on_bad_input():
+        known_here, elsewhere = _fields(groups, without), _fields(unread)
+        read = {
+            file: {key: value for key, value in read_yaml(file).items() if key in known_here or key not in elsewhere}
+            for file in files
+        }
+        layers = [(f"--config {file}", _from_folder(bf.dirname(file), read[file], groups)) for file in files]
+        configs = merge(groups, *layers, ("command line", flags), without=without)
+        given = set(flags).union(*(layer for _, layer in layers))
+        for config in configs:
+            if hasattr(config, "remark") and (remark := config.remark(given)):
+                log.warning(remark)
+        return configs
+
+
+def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Any]:
+    """The values of a configuration file with its relative paths taken from the file's folder."""
+    fields = _fields(groups)
+    return {
+        key: bf.join(os.path.abspath(folder) if "://" not in folder else folder, value)
+        if key in fields and is_path(fields[key][0], value) and "://" not in str(value)
+        else value
+        for key, value in values.items()
+    }
+
+
+@contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """Turn a ValueError or OSError inside into `BadInput`: for what the user gave."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise BadInput(" ".join(str(error).split())) from None
+
+
+def resolved(*groups: Any) -> dict[str, Any]:
+    """All settings of a run as one flat dict, local paths made absolute: what config.yaml holds."""
+    settings = {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            is_local = is_path(field, value) and "://" not in str(value)
+            settings[field.name] = os.path.abspath(value) if is_local else value
+    return settings
+
+
+def check_seed(seed: int) -> None:
+    """Raise a ValueError for a seed that Philox cannot take."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: wanted a number from 0 to 2^64 − 1, got {seed}")

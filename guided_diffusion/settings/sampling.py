@@ -1,0 +1,107 @@
+"""The settings of runs: of any kind of model, of sampling, of super-resolution and of likelihoods."""
+
+from dataclasses import dataclass
+
+from .model import SuperResolutionConfig
+from .options import check_seed, option
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of a run of any kind of model, for groups of flags to extend."""
+
+    batch_size: int | None = option(
+        16,
+        "images at a time; auto: what is fastest and fits, found before the first shard and kept when resumed",
+        words={"auto": None},
+    )
+    shard_size: int = option(
+        0, "images per file of the run, the unit of resuming and of the ranks' work; 0: batch_size"
+    )
+    seed: int = option(0, "sample i depends on the seed and on i alone, not on batch size")
+    out_dir: str = option("", "folder to write to; empty: $OPENAI_LOGDIR, else runs/ and a name made of the settings")
+    overwrite: bool = option(False, "delete what an earlier run left in the folder")
+    grace: float = option(0.0, "seconds that SIGTERM and Ctrl-C leave for finishing the shard in hand")
+    log_json: bool = option(False, "progress as JSON lines on stderr, for schedulers")
+
+    def __post_init__(self):
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size: wanted 1 or more, got {self.batch_size}")
+        if self.shard_size < 0 or not self.grace >= 0:
+            raise ValueError(f"shard_size, grace: wanted 0 or more, got {self.shard_size}, {self.grace}")
+        check_seed(self.seed)
+
+
+SAMPLERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde", "unipc")
+"""What --sampler may be."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig(RunConfig):
+    """sampling"""
+
+    model_path: str = option("", "weights of the network: .pt or .safetensors, local or what blobfile opens", path=True)
+    num_samples: int = option(10000, "images to make")
+    labels: str = option("random", "classes: random, none (where the network has a null label), or a list like 0,7,7")
+    balanced_labels: bool = option(False, "equal numbers of every class: sample i has class i modulo num_classes")
+    sampler: str = option(
+        "",
+        f"{', '.join(SAMPLERS)}; empty: ddpm, or ddim with use_ddim. dpm++2m and unipc (no noise) and dpm++2m-sde want "
+        "10 to 25 steps with --timestep_respacing logsnr20 and the like",
+        later=True,
+    )
+    use_ddim: bool = option(False, "--sampler ddim; goes with a respacing like ddim25")
+    ddim_eta: float = option(0.0, "η of DDIM: 0 deterministic, 1 as random as DDPM")
+    clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
+    compile: bool = option(
+        False, "compile the residual blocks: minutes at the start; meant for GPUs, no faster on a CPU", later=True
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples: wanted 1 or more, got {self.num_samples}")
+        if self.balanced_labels and self.labels != "random":
+            raise ValueError("balanced_labels, labels: two ways to choose the classes; give one")
+        if self.sampler and self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: wanted {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if self.use_ddim and self.sampler not in ("", "ddim"):
+            raise ValueError(f"sampler, use_ddim: {self.sampler} is not ddim; give one of the two")
+        if not 0 <= self.ddim_eta <= 1:
+            raise ValueError(f"ddim_eta: wanted 0 to 1, got {self.ddim_eta}")
+        if not self.model_path:
+            raise ValueError("model_path: give the weights of the network, or --config configs/emoji.yaml to try")
+
+    @property
+    def sampler_name(self) -> str:
+        """The chosen one of `SAMPLERS`."""
+        return self.sampler or ("ddim" if self.use_ddim else "ddpm")
+
+
+@dataclass(frozen=True)
+class UpsamplingConfig(SuperResolutionConfig):
+    """super-resolution"""
+
+    base_samples: str = option("", "npz of the images to begin with: arr_0 uint8 [N, H, W, 3], arr_1 labels", path=True)
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """likelihood"""
+
+    data_dir: str = option("", "folder of images (any depth); label_name.png gives the class, where there are classes")
+    model_path: str = option("", "weights of the network: .pt or .safetensors, local or what blobfile opens", path=True)
+    num_samples: int = option(1000, "images to measure: the first by name, or all if there are fewer")
+    batch_size: int = option(1, "images at a time")
+    clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
+    seed: int = option(0, "the noise of image i depends on the seed and on i alone")
+    out_dir: str = option("runs/nll", "folder to write to; the same command goes on from there")
+    json: bool = option(False, "print the result as JSON")
+
+    def __post_init__(self):
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+        if not self.model_path:
+            raise ValueError("model_path: give the weights of the network")
+        check_seed(self.seed)

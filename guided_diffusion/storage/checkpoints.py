@@ -1,0 +1,138 @@
+"""Reading and writing weights safely: nothing that can execute code is loaded, nothing half-written is left."""
+
+import logging
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .fetch import local_path
+from .files import write_atomically
+
+State = dict[str, Tensor]
+
+log = logging.getLogger(__name__)
+
+
+def save_atomically(state: Any, path: str | Path) -> None:
+    """torch.save that leaves the old file or the new one, never a part."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_state_dict(path: str) -> State:
+    """Tensors by name from a `.pt` (zip or older format, `weights_only`) or `.safetensors` file.
+
+    path: local or an address (`https://`, `gs://`, …), which is fetched once into the cache. Tensors may be mapped from
+    the file: copy them before the file changes. A wrapper (`{"state_dict": …}`) and the prefix `module.` are taken off.
+    A ValueError says in one sentence what is wrong.
+    """
+    file = local_path(path)
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = f"no such file{_beside(file, 'ema_', 'model')}" if missing else error.strerror or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({reason})") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
+    if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
+        raise ValueError(f"{path}: a web page, not a checkpoint; its download failed")
+    return _state_of(_load_safetensors(file) if path.endswith(".safetensors") else read_pt(file), path)
+
+
+def _load_safetensors(file: Path) -> State:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a safetensors file ({error})") from None
+
+
+def read_pt(file: Path) -> Any:
+    """What a `.pt` file of tensors and plain values holds, maybe mapped from it; a ValueError if it holds more."""
+    try:
+        is_zip = zipfile.is_zipfile(file)
+        damaged = is_zip and zipfile.ZipFile(file).testzip()
+        if not damaged:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        # torch.load reports foreign, truncated and hostile files by many types; all mean the same to the user.
+        hint = "it holds more than tensors" if "weights_only" in str(error) else "truncated, or another format"
+        raise ValueError(f"{file}: not a checkpoint of tensors ({hint})") from None
+    raise ValueError(f"{file}: damaged, the checksum of {damaged} does not match")
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(part, Tensor) for part in value.values())
+
+
+def _state_of(loaded: Any, path: str) -> State:
+    if isinstance(loaded, dict) and not _is_state(loaded):
+        if "param_groups" in loaded:
+            raise ValueError(
+                f"{path}: an optimizer's state; the weights are in a file like ema_0.9999_….pt or model….pt"
+            )
+        if "emas" in loaded:
+            raise ValueError(f"{path}: the state of a training run; its weights are in the ema_….pt beside it")
+        wrapped = [key for key, value in loaded.items() if _is_state(value)]
+        if len(wrapped) == 1:
+            loaded = loaded[wrapped[0]]
+        elif wrapped:
+            raise ValueError(f"{path}: holds several networks ({', '.join(wrapped)}); save the one you mean by itself")
+    if not _is_state(loaded):
+        raise ValueError(f"{path}: not a state dict: wanted a tensor for every name")
+    if all(name.startswith("module.") for name in loaded):
+        loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    return loaded
+
+
+def _beside(file: Path, *beginnings: str) -> str:
+    """Which files of the same step, named as upstream does, lie beside `file`, for a sentence about it."""
+    step = re.search(r"(\d{6,})\.pt$", file.name)
+    others = sorted(path.name for path in file.parent.glob(f"*{step[1]}.pt")) if step and file.parent.is_dir() else []
+    others = [name for name in others if name.startswith(beginnings)]
+    return f"; beside it: {', '.join(others)}" if others else ""
+
+
+def misfit(network: nn.Module, state: State) -> str:
+    """How the tensors of `state` differ from the network's: how many of each kind and the first; empty if not."""
+    own = network.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    differing = [
+        f"{name} (wanted {list(own[name].shape)}, got {list(state[name].shape)})"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", differing)]
+    return "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in found if names)
+
+
+def load_into(
+    network: nn.Module,
+    path: str,
+    device: torch.device | str = "cpu",
+    explain: Callable[[dict[str, torch.Size]], str] | None = None,
+) -> None:
+    """Fill `network` from a checkpoint file, on `device`; a ValueError says what does not fit.
+
+    A network built on the `meta` device gets its memory here, so that it never is in memory twice. explain: makes of
+    the shapes of a file that does not fit what is to be said of the flags.
+    """
+    state = load_state_dict(path)
+    if Path(path).name.startswith("model") and (ema := _beside(Path(path), "ema_")):
+        log.warning("%s: the weights as trained; their moving average samples better%s", path, ema)
+    wrong = misfit(network, state)
+    if wrong:
+        hint = explain({name: tensor.shape for name, tensor in state.items()}) if explain else ""
+        reason = f"{hint}; " if hint else ""
+        raise ValueError(f"{path}: does not fit the network that the flags describe: {reason}tensors: {wrong}")
+    if any(parameter.is_meta for parameter in network.parameters()):
+        network.to_empty(device=device)
+    network.to(device).load_state_dict(state)

@@ -1,0 +1,180 @@
+"""Plans: files that name runs row by row, what is published for each, and what they are measured against."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..settings.shipped import shipped
+
+TABLES = shipped("tables")
+
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "frechet_distance")
+COSTS = ("memory_mb", "seconds", "relative_time")
+"""Published costs (the paper's Table 7): shown beside what was measured, not metrics of samples."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a plan.
+
+    config: names of files in configs/ or paths, the later one winning. settings: flags over them. published: metrics by
+    name; None where the paper has the row but the number is not known. group: rows of one group stand together, and
+    where they have an `x` (the parameter that varies) they make a curve. same_as: the row whose run this one is, too.
+    missing: why the row cannot be run here.
+    """
+
+    name: str
+    label: str
+    group: str
+    config: tuple[str, ...]
+    settings: Mapping[str, Any]
+    published: Mapping[str, float | None]
+    reference: str
+    x: float | None = None
+    note: str = ""
+    missing: str = ""
+    same_as: str = ""
+
+    @property
+    def script(self) -> str:
+        """The sampling script of the row: classifier_sample where a classifier is named, else image_sample."""
+        keys = set(self.settings).union(*(_keys(path) for path in self.config))
+        return "classifier_sample" if "classifier_path" in keys else "image_sample"
+
+    def arguments(self) -> list[str]:
+        """The flags of the script, as a user would type them."""
+        files = [part for path in self.config for part in ("--config", path)]
+        return files + [part for key, value in self.settings.items() for part in (f"--{key}", str(value))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A file of rows. features, pr_dtype: the evaluator's. paper: what the published numbers are from.
+
+    common_n: rows of more samples are judged by their first so many as well, so that all compare; 0: no such number.
+    groups: titles of the rows' groups.
+    """
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    paper: str = ""
+    note: str = ""
+    features: str = "inception"
+    pr_dtype: str = "fp16"
+    common_n: int = 0
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+def _keys(path: str) -> set[str]:
+    with open(path, encoding="utf-8") as file:
+        return set(yaml.safe_load(file))
+
+
+def _of_type(where: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: wanted {wanted}, got {value!r}")
+    return value
+
+
+def _texts(where: str, values: Mapping[str, Any], *keys: str) -> dict[str, str]:
+    return {key: _of_type(f"{where}: {key}", values[key], str, "a text") for key in keys if key in values}
+
+
+def _known(where: str, values: Mapping[str, Any], keys: set[str], needed: set[str]) -> None:
+    for key in values:
+        if key not in keys:
+            raise ValueError(f"{where}: unknown key {key!r}; wanted some of {', '.join(sorted(keys))}")
+    for key in sorted(needed - set(values)):
+        raise ValueError(f"{where}: wanted a {key}, got none")
+
+
+def _config_path(name: str, where: str) -> str:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped(f"{name}.yaml")
+    if not path.is_file():
+        raise ValueError(f"{where}: config: no such file {path}")
+    return str(path)
+
+
+def _reference(name: str) -> str:
+    """An address as it is, a path below configs/ as that of its file."""
+    return name if not name or "://" in name or Path(name).is_absolute() else str(shipped(name))
+
+
+ROW_KEYS = {"name", "label", "group", "config", "set", "published", "reference", "x", "note", "missing", "same_as"}
+PLAN_KEYS = {
+    "title", "paper", "note", "features", "pr_dtype", "common_n", "groups", "config", "set", "reference", "rows",
+}  # fmt: skip
+
+
+def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
+    _of_type(where, values, dict, "a row")
+    name = _of_type(f"{where}: name", values.get("name"), str, "a text")
+    where = f"{where}: row {name}"
+    _known(where, values, ROW_KEYS, {"name", "label"})
+    config = values.get("config", defaults.get("config", []))
+    config = [config] if isinstance(config, str) else _of_type(f"{where}: config", config, list, "a list of names")
+    for item in config:
+        _of_type(f"{where}: config", item, str, "a list of names")
+    texts = _texts(where, {"group": "", "reference": "", **defaults, **values}, "label", "group", "reference")
+    texts |= _texts(where, values, "note", "missing", "same_as")
+    settings = _of_type(f"{where}: set", values.get("set", {}), dict, "flags")
+    published = _of_type(f"{where}: published", values.get("published", {}), dict, "metrics")
+    for key, value in published.items():
+        if key not in METRICS + COSTS:
+            raise ValueError(f"{where}: published: wanted some of {', '.join(METRICS + COSTS)}, got {key!r}")
+        if value is not None:
+            _of_type(f"{where}: published: {key}", value, (int, float), "a number, or null for unknown")
+    if not config and not texts.get("missing") and not texts.get("same_as"):
+        raise ValueError(f"{where}: wanted a config, or missing: why there is none; got neither")
+    return Row(
+        name=name,
+        config=tuple(_config_path(item, where) for item in config),
+        settings={**defaults.get("set", {}), **settings},
+        published=published,
+        x=None if values.get("x") is None else float(_of_type(f"{where}: x", values["x"], (int, float), "a number")),
+        **texts | {"reference": _reference(texts["reference"])},
+    )
+
+
+def _as(run: Row, row: Row) -> Row:
+    """A row with the run of another one."""
+    return replace(row, config=run.config, settings=run.settings, reference=run.reference)
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The plan in a YAML file, or that of a name in configs/tables; a ValueError says what is wrong with it."""
+    path = Path(path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = TABLES / f"{path}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = ", ".join(sorted(file.stem for file in TABLES.glob("*.yaml")))
+        raise ValueError(f"{path}: no such plan; there are {there}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+    where = str(path)
+    _known(where, _of_type(where, values, dict, "keys and values"), PLAN_KEYS, {"title", "rows"})
+    _of_type(f"{where}: set", values.get("set", {}), dict, "flags")
+    rows = tuple(_row(row, values, where) for row in _of_type(f"{where}: rows", values["rows"], list, "a list"))
+    names = [row.name for row in rows]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{where}: two rows are called {name!r}")
+    runs = {row.name: row for row in rows if not row.same_as}
+    for row in rows:
+        if row.same_as and row.same_as not in runs:
+            raise ValueError(f"{where}: row {row.name}: same_as: wanted another row's name, got {row.same_as!r}")
+    rows = tuple(_as(runs[row.same_as], row) if row.same_as else row for row in rows)
+    common_n = _of_type(f"{where}: common_n", values.get("common_n", 0), int, "a number of samples")
+    texts = _texts(where, values, "title", "paper", "note", "features", "pr_dtype")
+    for key, known in (("features", ("inception", "emoji")), ("pr_dtype", ("fp32", "fp16"))):
+        if texts.get(key, known[0]) not in known:
+            raise ValueError(f"{where}: {key}: wanted {' or '.join(known)}, got {texts[key]!r}")
+    groups = _of_type(f"{where}: groups", values.get("groups", {}), dict, "titles by group")
+    groups = {str(key): str(value) for key, value in groups.items()}
+    return Plan(name=path.stem, rows=rows, groups=groups, common_n=common_n, **texts)

@@ -1,0 +1,207 @@
+"""A plan's results for people: Markdown, and one self-contained HTML page with curves and pictures to compare."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import page
+
+TITLES = {
+    "fid": "FID",
+    "frechet_distance": "Fréchet distance",
+    "sfid": "sFID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "memory_mb": "memory, MB",
+    "seconds": "seconds",
+    "relative_time": "time / unguided",
+}
+DISTANCES = ("fid", "frechet_distance")
+
+Result = Mapping[str, Any]
+"""One row of results.json."""
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _measured(measured: Mapping[str, float | None] | None) -> str:
+    if measured is None:
+        return "–"
+    error = "" if measured["error"] is None else f" ± {measured['error']:.2f}"
+    return f"{measured['value']:.2f}{error}"
+
+
+def _used(rows: Sequence[Result]) -> list[str]:
+    """The metrics that a group's rows have, published or measured, in a fixed order."""
+    return [name for name in TITLES if any(name in row["published"] or name in row["metrics"] for row in rows)]
+
+
+def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[list[str]]]:
+    """Head and cells: published | measured ± error | difference for each metric, then how it was measured."""
+    metrics = _used(rows)
+    published = {name for name in metrics if any(name in row["published"] for row in rows)}
+    larger = any(row["n"] != common_n for row in rows if row["metrics"])
+    distance = next((name for name in DISTANCES if larger and any(name in row["common"] for row in rows)), None)
+    head = [""]
+    for name in metrics:
+        if name in published:
+            head += [f"{TITLES[name]}, published", "measured", "difference"]
+        else:
+            head.append(TITLES[name])
+    head += [f"{TITLES[distance]} at N = {common_n}"] if distance else []
+    head += ["N", "network evaluations", "images/s", "fidelity", ""]
+    cells = []
+    for row in rows:
+        line = [row["label"]]
+        for name in metrics:
+            measured = row["metrics"].get(name)
+            if name not in published:
+                line.append(_measured(measured))
+                continue
+            known = name in row["published"]
+            there = row["published"].get(name)
+            difference = f"{measured['value'] - there:+.2f}" if measured and there is not None else "–"
+            line += [_number(there) if known else "–", _measured(measured), difference]
+        line += [_measured(row["common"].get(distance))] if distance else []
+        rate = row.get("images_per_s")
+        cost = row.get("network_evaluations_per_sample")
+        gradients = row.get("classifier_gradients_per_sample")
+        shown = "–" if not cost else f"{cost:g} + {gradients} of the classifier" if gradients else f"{cost:g}"
+        line += [str(row["n"] or "–"), shown, f"{rate:.2f}" if rate else "–"]
+        line += [row.get("fidelity") or "–", (row["reason"] and f"not run: {row['reason']}") or row["note"]]
+        cells.append(line)
+    return head, cells
+
+
+def _groups(results: Mapping[str, Any]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = {}
+    for row in results["rows"]:
+        groups.setdefault(row["group"], []).append(row)
+    return groups
+
+
+def _at_common_n(row: Result) -> tuple[str, Mapping[str, float | None]] | None:
+    """The distance that compares with other rows': its name and value with error."""
+    for source in (row["common"], row["metrics"]):
+        for name in DISTANCES:
+            if name in source:
+                return name, source[name]
+    return None
+
+
+def equal_cost(results: Mapping[str, Any]) -> list[tuple[float, list[Result]]]:
+    """Measured rows by the network evaluations a sample took, where several took the same number: best first.
+
+    Rows with a classifier are left out: its gradients cost as well.
+    """
+    by_cost: dict[float, list[Result]] = {}
+    for row in results["rows"]:
+        measured = row["metrics"] and _at_common_n(row) and not row["same_as"]
+        if measured and not row.get("classifier_gradients_per_sample"):
+            by_cost.setdefault(round(row["network_evaluations_per_sample"]), []).append(row)
+    return [
+        (cost, sorted(rows, key=lambda row: _at_common_n(row)[1]["value"]))
+        for cost, rows in sorted(by_cost.items())
+        if len(rows) > 1
+    ]
+
+
+def add_relative_times(rows: Sequence[dict[str, Any]]) -> None:
+    """The time of each row in units of its group's first row, where times were measured."""
+    first: dict[str, float] = {}
+    for row in rows:
+        if seconds := row["metrics"].get("seconds"):
+            unit = first.setdefault(row["group"], seconds["value"])
+            row["metrics"]["relative_time"] = {"value": seconds["value"] / unit, "error": None}
+
+
+def _introduction(results: Mapping[str, Any]) -> list[str]:
+    done = sum(bool(row["metrics"]) for row in results["rows"])
+    lines = [
+        f"{done} of {len(results['rows'])} rows measured. {results['note']}".strip(),
+        f"Features: {results['features']}; precision and recall in {results['pr_dtype']}; device: {results['device']}; "
+        f"versions: {', '.join(f'{name} {version}' for name, version in results['versions'].items())}.",
+        "± is the standard error of the samples' side (distances: delta method). Published numbers are quoted from "
+        f"{results['paper']}; the measured ones are this run's."
+        if results["paper"]
+        else "± is the standard error of the samples' side (distances: delta method). All numbers are this run's.",
+    ]
+    because = next((row["not_comparable"] for row in results["rows"] if row.get("not_comparable")), [])
+    return lines + ([f"Not comparable to published numbers: {'; '.join(because)}."] if because else [])
+
+
+def _cost_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for cost, tied in equal_cost(results):
+        for row in tied:
+            name, measured = _at_common_n(row)
+            n = results["common_n"] if row["common"] else row["n"]
+            rows.append([f"{cost:g}", row["label"], f"{TITLES[name]} {_measured(measured)}", str(n)])
+    return ["network evaluations", "row", "distance", "N"], rows
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of texts as lines of Markdown."""
+    return [" | ".join(["", *cells, ""]).strip() for cells in (head, ["---"] * len(head), *rows)]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"# {results['title']}", ""]
+    for text in _introduction(results):
+        lines += [text, ""]
+    for group, rows in _groups(results).items():
+        lines += [f"## {results['groups'].get(group, group)}", ""] if group else []
+        lines += [*markdown_table(*group_table(rows, results["common_n"])), ""]
+    head, rows = _cost_table(results)
+    if rows:
+        lines += ["## At an equal number of network evaluations", "", *markdown_table(head, rows), ""]
+    return "\n".join(lines)
+
+
+def curve(rows: Sequence[Result], title: str) -> str:
+    """Distance against the parameter of a group's rows as an SVG; empty where there are fewer than two points."""
+    points = sorted((row["x"], *_at_common_n(row)) for row in rows if row["x"] is not None and _at_common_n(row))
+    if len(points) < 2:
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    x = [point[0] for point in points]
+    y = [point[2]["value"] for point in points]
+    axes.errorbar(x, y, yerr=[point[2]["error"] or 0 for point in points], marker="o", capsize=3)
+    axes.set(xlabel=title, ylabel=TITLES[points[0][1]])
+    axes.grid(alpha=0.3)
+    return page.svg(figure)
+
+
+def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes | None, bytes]]) -> str:
+    """The report as a page. pictures: by row, PNGs of the same samples unguided, of the masks (if any), and guided.
+
+    Curves need matplotlib (the extra `report`); without it the page says so.
+    """
+    parts = [page.paragraph(text, note=True) for text in _introduction(results)]
+    for group, rows in _groups(results).items():
+        title = results["groups"].get(group, group)
+        parts += [page.heading(title)] if title else []
+        parts.append(page.table(*group_table(rows, results["common_n"])))
+        try:
+            parts.append(curve(rows, title))
+        except ImportError:
+            parts.append(page.paragraph("No curve here: it needs matplotlib, pip install '.[report]'.", note=True))
+    head, rows = _cost_table(results)
+    if rows:
+        parts += [page.heading("At an equal number of network evaluations"), page.table(head, rows)]
+    if pictures:
+        parts.append(page.heading("The same noise, without and with guidance"))
+    labels = {row["name"]: row["label"] for row in results["rows"]}
+    for name, (unguided, mask, guided) in pictures.items():
+        parts.append('<div class="row">')
+        parts.append(page.slider(unguided, guided, f"drag over the picture: left unguided, right {labels[name]}"))
+        if mask:
+            parts.append(page.picture(mask, "in the mask (brighter: at more steps)"))
+        parts.append("</div>")
+    return page.page(results["title"], *parts)

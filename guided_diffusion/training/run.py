@@ -1,0 +1,139 @@
+"""What the training scripts share: data of a rank, the folder's files, the run and what it says, samples on the way."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from ..diffusion.denoiser import Condition
+from ..diffusion.diffusion import build_diffusion
+from ..diffusion.noise import SampleNoise
+from ..runs.ranks import Job
+from ..settings.model import DiffusionConfig, NetworkConfig
+from ..settings.options import BadInput, exit_on_bad_input
+from ..settings.training import TrainerConfig, TrainingConfig
+from ..storage import pictures
+from ..storage.files import write_atomically
+from ..storage.images import class_names, list_image_files
+from .data import load_data
+from .loop import TrainLoop
+from .trainer import Batches, Trainer
+
+SAMPLES = 16
+SAMPLING_STEPS = 25
+SAMPLES_WIDTH = 600
+
+
+def batches_of(training: TrainerConfig, folder: str, image_size: int, class_cond: bool, job: Job) -> Batches:
+    """The rows of this rank in every batch of a folder, from any step on."""
+    return lambda step: load_data(
+        data_dir=folder,
+        batch_size=training.batch_size,
+        image_size=image_size,
+        class_cond=class_cond,
+        random_crop=training.random_crop,
+        random_flip=training.random_flip,
+        num_workers=training.num_workers,
+        seed=training.seed,
+        rank=job.rank,
+        size=job.size,
+        start_batch=step,
+    )
+
+
+def classes_of(data_dir: str, network: NetworkConfig) -> list[str]:
+    """The classes of a folder for a network that takes any; a ValueError if they are more than the network's."""
+    classes = class_names(list_image_files(data_dir)) if network.class_cond else []
+    if len(classes) > network.num_classes:
+        raise ValueError(f"num_classes: {network.num_classes}, but data_dir has {len(classes)} classes")
+    return classes
+
+
+def null_label(network: NetworkConfig) -> int | None:
+    """What a dropped label becomes, None where the network has no label for it."""
+    return network.num_classes if network.class_cond and network.null_label else None
+
+
+def write_description(out_dir: str, settings: dict[str, Any], classes: Sequence[str]) -> None:
+    """Leave what a sampler's --config reads of the network, config.yaml, and its classes' names, classes.json."""
+    text = yaml.safe_dump(settings, sort_keys=False)
+    write_atomically(Path(out_dir) / "config.yaml", lambda file: file.write(text.encode()))
+    if classes:
+        write_atomically(Path(out_dir) / "classes.json", lambda file: file.write(json.dumps(classes).encode()))
+
+
+def run(loop: Trainer) -> None:
+    """Train, and say so on rank 0; a signal or a loss that explodes ends the script with one sentence."""
+    if loop.is_first:
+        parameters = sum(parameter.numel() for parameter in loop.network.parameters())
+        ranks = f" ({loop.job.size} ranks)" if loop.job.size > 1 else ""
+        print(f"{parameters:,} parameters on {loop.device}{ranks}; step {loop.step} in {loop.out_dir}", flush=True)
+    try:
+        stopped = loop.run()
+    except FloatingPointError as error:
+        raise BadInput(str(error)) from None
+    if stopped:
+        if loop.is_first:
+            sys.stderr.write(f"stopped at step {loop.step}; the same command goes on from there\n")
+        raise SystemExit(128 + stopped)
+
+
+def train_diffusion(
+    network: nn.Module,
+    batches: Batches,
+    configs: tuple[TrainingConfig, NetworkConfig, DiffusionConfig],
+    settings: dict[str, Any],
+    classes: Sequence[str],
+    condition: Condition,
+    job: Job,
+) -> None:
+    """Train a diffusion network, and leave its description beside the weights.
+
+    configs: image_size of the network's is that of its samples. settings: what rebuilds the network and its diffusion.
+    condition: of the samples on the way.
+    """
+    training, network_config, diffusion_config = configs
+    with exit_on_bad_input():
+        loop = TrainLoop(
+            network.to(job.device),
+            build_diffusion(diffusion_config),
+            batches,
+            training,
+            null_label=null_label(network_config),
+            use_fp16=network_config.use_fp16,
+            job=job,
+            settings=settings,
+            sample=partial(
+                sample_grid,
+                diffusion=diffusion_config,
+                image_size=network_config.image_size,
+                condition=condition,
+                seed=training.seed,
+            ),
+        )
+        if loop.is_first:
+            write_description(training.out_dir, settings, classes)
+    run(loop)
+    if loop.is_first:
+        print(f"trained {loop.step} steps; the moving averages are {training.out_dir}/ema_….pt", flush=True)
+
+
+def sample_grid(
+    network: nn.Module, path: Path, *, diffusion: DiffusionConfig, image_size: int, condition: Condition, seed: int
+) -> None:
+    """Write a grid of 16 DDIM samples of a network under a condition, always of the same noise."""
+    respaced = build_diffusion(
+        replace(diffusion, timestep_respacing=str(min(SAMPLING_STEPS, diffusion.diffusion_steps)))
+    )
+    device = next(network.parameters()).device
+    x_T = SampleNoise(seed, range(SAMPLES), (3, image_size, image_size), device).x_T()
+    condition = {name: values.to(device) for name, values in condition.items()}
+    x0 = respaced.ddim_sample_loop(network, x_T.shape, noise=x_T, model_kwargs=condition)
+    grid = pictures.grid(pictures.to_uint8(x0), round(SAMPLES**0.5))
+    pictures.save_png(pictures.enlarge(grid, SAMPLES_WIDTH), path)

@@ -1,0 +1,268 @@
+"""The evaluator as its users run it."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations import features as features_module
+from evaluations.emoji import emoji_features
+from evaluations.features import extract
+from evaluations.moments import Moments, frechet_distance
+from evaluations.ranks import Ranks
+from evaluations.sources import open_source
+from running import mpiexec
+from sample_files import pictures, shard
+
+ROOT = Path(__file__).parents[2]
+EVALUATOR = ROOT / "evaluations" / "evaluator.py"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def emoji(tmp_path):
+    """Two npz of 32×32 noise of two kinds."""
+    np.savez(tmp_path / "ref.npz", pictures(200, 32))
+    np.savez(tmp_path / "samples.npz", pictures(150, 32, seed=1) // 2)
+    return str(tmp_path / "ref.npz"), str(tmp_path / "samples.npz")
+
+
+def evaluate(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
+        runpy.run_path(str(EVALUATOR), run_name="__main__")
+
+
+def result(tmp_path, *arguments):
+    evaluate(*arguments, "--json", tmp_path / "result.json")
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error: ")
+    return error.splitlines()[-1]
+
+
+def test_emoji_features(tmp_path, emoji, capsys):
+    found = result(tmp_path, *emoji, "--features", "emoji", "--extended")
+    assert set(found["metrics"]) == {
+        "frechet_distance", "precision", "recall", "kid", "density", "coverage", "copies"
+    }  # fmt: skip
+    assert found["n"] == 150
+    assert found["features"] == "emoji"
+    assert not found["comparable"]["answer"]
+    assert found["metrics"]["frechet_distance"]["error"] > 0
+    table = capsys.readouterr().out
+    assert "Fréchet distance" in table
+    assert "FID" not in table
+    assert f"{found['metrics']['frechet_distance']['value']:.4f}" in table
+    parts = found["parts"]["frechet_distance"]
+    total = parts["means"] + sum(parts["traces"]) - 2 * parts["cross_trace"]
+    assert found["metrics"]["frechet_distance"]["value"] == pytest.approx(total)
+
+
+def test_identical_sets(tmp_path, emoji):
+    found = result(tmp_path, emoji[0], emoji[0], "--features", "emoji")["metrics"]
+    scale = 1e-9 * 100
+    assert abs(found["frechet_distance"]["value"]) <= scale
+    assert found["precision"]["value"] == found["recall"]["value"] == 1
+
+
+def test_shards_and_ranks_change_nothing(tmp_path, emoji):
+    """The same images as one npz, as uneven shards, and over 2 ranks."""
+    images = pictures(150, 32, seed=1) // 2
+    for first, stop in ((0, 40), (40, 41), (41, 150)):
+        shard(tmp_path / "run" / "shards", first, images[first:stop])
+    one = result(tmp_path, *emoji, "--features", "emoji")
+    other = result(tmp_path, emoji[0], tmp_path / "run", "--features", "emoji")
+    assert other["metrics"] == one["metrics"]
+    process = mpiexec(2, [EVALUATOR, *emoji, "--features", "emoji", "--json", str(tmp_path / "mpi.json"),
+                          "--cache", str(tmp_path / "other_cache")])  # fmt: skip
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert out.count("Fréchet distance") == 1
+    mpi = json.loads((tmp_path / "mpi.json").read_text())
+    for name, measured in one["metrics"].items():
+        assert mpi["metrics"][name]["value"] == pytest.approx(measured["value"], rel=1e-6), name
+
+
+def test_bad_input_on_several_ranks(tmp_path, emoji):
+    process = mpiexec(2, [EVALUATOR, emoji[0], str(tmp_path / "none.npz"), "--features", "emoji"])
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error.count("error: ") == 1
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 7])
+def test_features_over_ranks(tmp_path, monkeypatch, ranks):
+    """Each rank computes its blocks; together they are the whole set, also where a rank has none."""
+    monkeypatch.setattr(features_module, "BLOCK", 16)
+    np.savez(tmp_path / "a.npz", pictures(70, 32))
+    images, network_, cache = open_source(str(tmp_path / "a.npz")).images, emoji_features(), tmp_path / "c"
+
+    class Rank(Ranks):
+        def __init__(self, rank):
+            self.rank, self.size = rank, ranks
+
+        def gather(self, item):
+            gathered.append(item)
+            return [item]
+
+    parts = []
+    for rank in range(ranks):
+        gathered = []
+        # A rank alone does not know the others' blocks: only what it gathers is looked at.
+        with pytest.raises(KeyError) if ranks > 1 else pytest.MonkeyPatch.context():
+            extract(images, network_, cache, Rank(rank), 8, "test")
+        parts.append(gathered[-1])
+    digests = {number: digest for part in parts for number, digest in part.items()}
+    assert sorted(digests) == list(range(5))
+    assert sum(map(len, parts)) == 5
+    whole = extract(images, network_, tmp_path / "other", Ranks(), 8, "test")
+    values = np.concatenate([np.load(next(cache.rglob(f"{digests[number]}.npy"))) for number in range(5)])
+    # The same images in the same batches.
+    assert np.array_equal(values, whole.rows["pool"][:].numpy())
+
+
+def test_other_batches_change_the_distance_by_rounding_only(tmp_path, emoji):
+    images, network_ = open_source(emoji[1]).images, emoji_features()
+    reference = Moments.of(
+        extract(open_source(emoji[0]).images, network_, tmp_path, Ranks(), 50, "").rows["pool"][:].numpy()
+    )
+    values = []
+    for batch in (1, 64):
+        pool = extract(images, network_, tmp_path / str(batch), Ranks(), batch, "").rows["pool"]
+        values.append(frechet_distance(Moments.of(pool[:].numpy()).gaussian(), reference.gaussian()).value)
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_a_stopped_evaluation_goes_on(tmp_path, emoji, monkeypatch):
+    """Blocks that are on disk are not computed again; a broken file of the cache is."""
+    monkeypatch.setattr(features_module, "BLOCK", 32)
+    images, network_ = open_source(emoji[1]).images, emoji_features()
+    seen = []
+
+    class Stopping(torch.nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            if sum(seen) > 100:
+                raise KeyboardInterrupt
+            return module(x)
+
+    module = network_.module
+    object.__setattr__(network_, "module", Stopping())
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, network_, tmp_path / "c", Ranks(), 32, "")
+    kept = sorted((tmp_path / "c").rglob("*.npy"))
+    assert len(kept) == 3
+    kept[0].write_bytes(kept[0].read_bytes()[:500])
+    seen.clear()
+    monkeypatch.setattr(Stopping, "forward", lambda self, x: (seen.append(len(x)), module(x))[1])
+    found = extract(images, network_, tmp_path / "c", Ranks(), 32, "")
+    assert sum(seen[1:]) == 150 - 64  # the first call asks for the columns
+    object.__setattr__(network_, "module", module)
+    fresh = extract(images, network_, tmp_path / "d", Ranks(), 32, "")
+    assert torch.equal(found.rows["pool"][:], fresh.rows["pool"][:])
+    assert torch.equal(found.rows["pool"][10:100], fresh.rows["pool"][:][10:100])
+
+
+def test_inception_from_a_file(tmp_path, weights_file, capsys):
+    """All of upstream's metrics, against statistics with images; and statistics alone."""
+    rng = np.random.default_rng(0)
+    names = {"mu": 2048, "mu_s": 2023}
+    statistics = {name: rng.random(size) for name, size in names.items()}
+    statistics |= {name.replace("mu", "sigma"): np.eye(size) for name, size in names.items()}
+    np.savez(tmp_path / "VIRTUAL.npz", arr_0=pictures(6, 20), **statistics)
+    np.savez(tmp_path / "alone.npz", **statistics)
+    np.savez(tmp_path / "samples.npz", pictures(8, 20, seed=1), np.arange(8) // 4)
+    arguments = (tmp_path / "samples.npz", "--inception", weights_file)
+    found = result(tmp_path, tmp_path / "VIRTUAL.npz", *arguments, "--pr_dtype", "fp16")
+    assert list(found["metrics"]) == ["fid", "sfid", "inception_score", "precision", "recall"]
+    assert all(np.isfinite(measured["value"]) for measured in found["metrics"].values())
+    assert "not those of the well-known file" in " ".join(found["comparable"]["because"])
+    error = capsys.readouterr().err
+    assert "sorted by class" in error
+    assert "no multiple of 5000" in error
+    assert "fewer than" in error
+    alone = result(tmp_path, tmp_path / "alone.npz", *arguments)
+    assert alone["metrics"]["fid"]["value"] == pytest.approx(found["metrics"]["fid"]["value"], rel=1e-6)
+    assert "no images" in alone["missing"]["precision"]
+    assert "holds statistics, but no images" in refused(
+        capsys, tmp_path / "alone.npz", *arguments, "--metrics", "fid,precision"
+    )
+    # Two statistics need no network at all.
+    found = result(tmp_path, tmp_path / "alone.npz", tmp_path / "VIRTUAL.npz", "--metrics", "fid,sfid")
+    assert abs(found["metrics"]["fid"]["value"]) < 1e-9
+
+
+def test_refusals(tmp_path, emoji, capsys):
+    np.savez(tmp_path / "small.npz", mu=np.zeros(6), sigma=np.eye(6))
+    np.savez(tmp_path / "one.npz", pictures(1, 32))
+    np.savez(tmp_path / "three.npz", pictures(3, 32))
+    np.savez(tmp_path / "big.npz", pictures(5, 64))
+    assert "mu: wanted 2048 dimensions, got 6" in refused(capsys, tmp_path / "small.npz", emoji[1])
+    assert "needs images alone" in refused(capsys, tmp_path / "small.npz", emoji[1], "--features", "emoji")
+    assert "wanted 2 images or more, got 1" in refused(capsys, emoji[0], tmp_path / "one.npz", "--features", "emoji")
+    assert "it needs 4 images or more on both sides, got 3" in refused(
+        capsys, emoji[0], tmp_path / "three.npz", "--features", "emoji", "--metrics", "precision"
+    )
+    assert "wanted some of frechet_distance" in refused(capsys, *emoji, "--features", "emoji", "--metrics", "fid")
+    assert "wanted images of 3×32×32, got 3×64×64" in refused(
+        capsys, emoji[0], tmp_path / "big.npz", "--features", "emoji"
+    )
+    assert "give --weights" in refused(capsys, *emoji, "--features", "dinov2")
+    assert "given by --inception" in refused(capsys, *emoji, "--weights", "x")
+    assert "none.pth: no such file" in refused(capsys, *emoji, "--inception", tmp_path / "none.pth")
+    assert "emoji_other: no such file" in refused(
+        capsys, *emoji, "--features", "emoji", "--weights", tmp_path / "emoji_other"
+    )
+    found = result(tmp_path, emoji[0], tmp_path / "three.npz", "--features", "emoji")
+    assert "needs 4 images" in found["missing"]["recall"]
+    assert found["metrics"]["frechet_distance"]["error"] > 0
+
+
+def test_dinov2_of_a_local_folder(tmp_path, emoji, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14
+    )
+    torch.manual_seed(0)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    np.savez(tmp_path / "few.npz", pictures(5, 32))
+    found = result(tmp_path, tmp_path / "few.npz", tmp_path / "few.npz", "--features", "dinov2", "--weights",
+                   tmp_path / "dino")  # fmt: skip
+    assert abs(found["metrics"]["frechet_distance"]["value"]) < 1e-6
+    (tmp_path / "dino" / "config.json").write_text("{}")
+    assert "not a DINOv2 model" in refused(capsys, *emoji, "--features", "dinov2", "--weights", tmp_path / "dino")
+
+
+GOLDEN = ("SAG_GOLDEN_REFERENCE", "SAG_GOLDEN_SAMPLES", "SAG_GOLDEN_INCEPTION")
+
+
+@pytest.mark.skipif(
+    not set(GOLDEN) <= os.environ.keys(), reason=f"needs the published files, named by {', '.join(GOLDEN)}"
+)
+def test_upstreams_golden_run(tmp_path):
+    """admnet_guided_upsampled_imagenet256.npz against VIRTUAL_imagenet256_labeled.npz: upstream's README."""
+    reference, samples, weights = (os.environ[name] for name in GOLDEN)
+    found = result(tmp_path, reference, samples, "--inception", weights, "--pr_dtype", "fp16")["metrics"]
+    assert found["fid"]["value"] == pytest.approx(3.942557, abs=5e-3)
+    assert found["sfid"]["value"] == pytest.approx(6.140434, abs=5e-3)
+    assert found["inception_score"]["value"] == pytest.approx(215.8370, rel=1e-3)
+    assert found["precision"]["value"] == pytest.approx(0.8265, abs=5e-4)
+    assert found["recall"]["value"] == pytest.approx(0.5309, abs=5e-4)

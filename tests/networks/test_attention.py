@@ -1,0 +1,94 @@
+"""The attention score, its recorder, and what both promise."""
+
+import pytest
+import torch
+
+from guided_diffusion.networks.attention import (
+    attention_blocks,
+    attention_map,
+    attention_score,
+    find_block,
+    record_attention,
+    split_legacy,
+    split_new,
+)
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([3, 700])
+
+
+def test_score_is_the_column_sum_of_the_map():
+    q, k = torch.randn(2, 2, 3, 10, 4, generator=torch.Generator().manual_seed(2))
+    expected = attention_map(q, k).mean(dim=1).sum(dim=1)
+    torch.testing.assert_close(attention_score(q, k), expected)
+
+
+def test_mean_score_is_one_in_every_block(any_order):
+    blocks = attention_blocks(any_order)
+    assert len(blocks) == 7
+    with record_attention(*blocks.values()) as scores:
+        any_order(X, T)
+    for block in blocks.values():
+        assert scores[block].dtype is torch.float32
+        assert scores[block].shape in ((2, 8, 8), (2, 16, 16))
+        torch.testing.assert_close(scores[block].mean(dim=(1, 2)), torch.ones(2))
+        assert scores[block].std() > 0
+
+
+def test_map_times_values_is_the_output_of_every_block(any_order):
+    seen = {}
+
+    def keep(attention, inputs, output):
+        seen[attention] = (inputs[0], output)
+
+    blocks = attention_blocks(any_order)
+    handles = [block.attention.register_forward_hook(keep) for block in blocks.values()]
+    any_order(X, T)
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == len(blocks)
+    for attention, (qkv, output) in seen.items():
+        q, k, v = attention.split(qkv)
+        assert q.shape[1] == attention.num_heads
+        by_map = (attention_map(q, k) @ v).transpose(-1, -2).flatten(1, 2)
+        torch.testing.assert_close(by_map, output, atol=1e-5, rtol=1e-5)
+
+
+def test_the_two_orders_read_different_rows():
+    qkv = torch.arange(12.0).reshape(1, 12, 1)
+    assert split_legacy(qkv, 2)[0].flatten().tolist() == [0, 1, 6, 7]
+    assert split_new(qkv, 2)[0].flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_recording_changes_nothing(any_order):
+    plain = any_order(X, T)
+    names = list(any_order.state_dict())
+    with record_attention(*attention_blocks(any_order).values()):
+        assert torch.equal(any_order(X, T), plain)
+        assert list(any_order.state_dict()) == names
+
+
+def hooks(network):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules())
+
+
+def test_no_hook_is_left_after_an_exception(any_order):
+    def fail():
+        assert hooks(any_order) == 14
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"), record_attention(*attention_blocks(any_order).values()):
+        fail()
+    assert hooks(any_order) == 0
+
+
+def test_no_hook_is_left_by_a_wrong_block(any_order):
+    block = find_block(any_order, "middle_block.1")
+    with pytest.raises(AttributeError), record_attention(block, any_order):
+        pass
+    assert hooks(any_order) == 0
+
+
+def test_a_wrong_block_name_is_answered_with_the_right_ones(any_order):
+    with pytest.raises(ValueError, match=r"no attention block 'middle_block.0'.*input_blocks.1.1, .*output_blocks.3.1"):
+        find_block(any_order, "middle_block.0")

@@ -1,0 +1,152 @@
+"""The likelihood of a folder of images: the bound itself, for any ranks and batches, and resumed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion.diffusion.noise import SampleNoise
+from guided_diffusion.runs.likelihood import BY_STEP
+from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
+from running import SCRIPTS, mpiexec, refused, run
+from small import SMALL, randomised
+
+COUNT = 5
+NETWORK = SMALL | {"class_cond": True, "num_classes": 2, "learn_sigma": False}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """(network, diffusion, path of its weights)."""
+    torch.manual_seed(0)
+    network, diffusion = create_model_and_diffusion(**NETWORK)
+    path = tmp_path_factory.mktemp("weights") / "ema_0.9999_000001.pt"
+    torch.save(randomised(network).state_dict(), path)
+    return network, diffusion, path
+
+
+@pytest.fixture
+def flags(model, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    pixels = np.random.default_rng(0).integers(256, size=(COUNT, 16, 16, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(data / f"{'ab'[i % 2]}_{i}.png")
+    return NETWORK | {"model_path": model[2], "data_dir": data, "out_dir": tmp_path / "out", "batch_size": 2}
+
+
+def result_in(folder):
+    with np.load(folder / "terms.npz") as terms:
+        return json.loads((folder / "nll.json").read_text()), dict(terms)
+
+
+@pytest.fixture
+def expected(model, flags):
+    """What calc_bpd_loop says of the five images as one batch, in the order of their names."""
+    network, diffusion, _ = model
+    files = sorted(flags["data_dir"].iterdir())
+    x0 = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in files]) / 127.5 - 1
+    labels = torch.tensor(["ab".index(path.name[0]) for path in files])
+    noise = SampleNoise(0, range(COUNT), (3, 16, 16))
+    return diffusion.calc_bpd_loop(network, x0, model_kwargs={"y": labels}, step_noise=noise)
+
+
+def assert_as_expected(folder, expected):
+    result, terms = result_in(folder)
+    for name in ("total_bpd", "prior_bpd"):
+        assert result[name]["value"] == pytest.approx(expected[name].mean().item(), rel=1e-5)
+        assert result[name]["error"] == pytest.approx(expected[name].std().item() / COUNT**0.5, rel=1e-4)
+    assert result["n"] == COUNT
+    assert result["network_evaluations_per_image"] == 8
+    assert set(terms) == set(BY_STEP)
+    for name in BY_STEP:
+        np.testing.assert_allclose(terms[name], expected[name].mean(dim=0), rtol=2e-4)
+
+
+def test_it_is_the_bound_of_calc_bpd_loop(flags, expected, capsys):
+    run("image_nll", **flags)
+    assert_as_expected(flags["out_dir"], expected)
+    total = result_in(flags["out_dir"])[0]["total_bpd"]
+    said = f"{total['value']:.4f} ± {total['error']:.4f} bits per dimension, of which prior 1e-05; N = 5\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_and_batches_do_not_matter(flags, expected, ranks):
+    flags |= {"batch_size": 1, "json": True}
+    process = mpiexec(ranks, [SCRIPTS / "image_nll.py", *(f"--{key}={value}" for key, value in flags.items())])
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_as_expected(flags["out_dir"], expected)
+    assert json.loads(said) == result_in(flags["out_dir"])[0]
+
+
+def test_a_stopped_run_goes_on(flags):
+    run("image_nll", **flags)
+    result, terms = result_in(flags["out_dir"])
+    [folder] = flags["out_dir"].glob("parts_*")
+    parts = sorted(folder.iterdir())
+    assert len(parts) == 3
+    before = [path.stat().st_mtime_ns for path in parts]
+    parts[0].unlink()
+    parts[1].write_bytes(parts[1].read_bytes()[:100])
+    run("image_nll", **flags)
+    again, terms_again = result_in(flags["out_dir"])
+    assert again["total_bpd"] == result["total_bpd"]
+    assert all(np.array_equal(terms[name], terms_again[name]) for name in BY_STEP)
+    assert [path.stat().st_mtime_ns == time for path, time in zip(parts, before, strict=True)] == [False, False, True]
+    run("image_nll", **flags | {"seed": 1})
+    assert len(list(flags["out_dir"].glob("parts_*"))) == 2
+    assert result_in(flags["out_dir"])[0]["total_bpd"] != result["total_bpd"]
+
+
+def test_one_image_has_no_standard_error(flags, expected, capsys):
+    run("image_nll", **flags | {"num_samples": 1})
+    result, _ = result_in(flags["out_dir"])
+    assert result["n"] == 1
+    assert result["total_bpd"]["error"] is None
+    assert result["total_bpd"]["value"] == pytest.approx(expected["total_bpd"][0].item(), rel=1e-5)
+    assert "±" not in capsys.readouterr().out
+
+
+def test_a_configuration_for_sampling_will_do(flags, expected, tmp_path):
+    config = tmp_path / "config.yaml"
+    lines = {**{key: flags.pop(key) for key in NETWORK}, "sag_scale": 1.0, "labels": "none", "cfg_scale": 1}
+    config.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    run("image_nll", config=config, **flags)
+    assert_as_expected(flags["out_dir"], expected)
+
+
+def test_the_bound_of_a_network_that_knows_the_image():
+    """Where the network says x_0 itself, every term but the last is 0: the posterior is met exactly."""
+    diffusion = create_gaussian_diffusion(steps=50, predict_xstart=True, sigma_small=True)
+    x0 = torch.randint(0, 256, (2, 3, 8, 8)) / 127.5 - 1
+    bound = diffusion.calc_bpd_loop(lambda x, t: x0, x0)
+    assert bound["vb"][:, :-1].abs().max() < 1e-5
+    assert bound["xstart_mse"].max() == 0
+    assert bound["mse"].max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"data_dir": ""}, "data_dir: give a folder of images"),
+        ({"model_path": ""}, "model_path: give the weights"),
+        ({"num_samples": 0}, "num_samples: wanted 1 or more, got 0"),
+        ({"batch_size": 0}, "batch_size: wanted 1 or more, got 0"),
+        ({"seed": -1}, "seed: wanted a number"),
+        ({"num_classes": 1}, "num_classes: 1, but data_dir has 2 classes"),
+        ({"num_channels": 64}, "num_channels is 64, should be 32"),
+        ({"sag_scale": 1}, "unknown flag --sag_scale"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(flags, capsys, wrong, said):
+    assert said in refused(capsys, "image_nll", **flags | wrong)
+    assert not flags["out_dir"].exists()
+
+
+def test_a_broken_image_is_named(flags, capsys):
+    (flags["data_dir"] / "a_0.png").write_bytes((flags["data_dir"] / "a_0.png").read_bytes()[:200])
+    assert "a_0.png: not an image that can be read" in refused(capsys, "image_nll", **flags)

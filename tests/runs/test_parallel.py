@@ -1,0 +1,125 @@
+"""The traps of MPI: exceptions, mixed libraries, threads, and what upstream's dist_util promises."""
+
+import os
+import sys
+import textwrap
+import time
+import types
+
+import pytest
+import torch
+
+from guided_diffusion import dist_util
+from guided_diffusion.runs import ranks as parallel
+from guided_diffusion.settings.options import BadInput
+from running import mpiexec
+
+
+def script(tmp_path, text):
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(text))
+    return [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("fails", "status", "said"),
+    [
+        ("raise RuntimeError('boom')", 1, "RuntimeError: boom"),
+        ("raise SystemExit(7)", 7, ""),
+        ("raise SystemExit('sorry')", 1, "sorry"),
+        ("raise BadInput('wrong flag')", 2, "error: wrong flag"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(tmp_path, fails, status, said):
+    code = f"""
+        import time
+        from guided_diffusion.settings.options import BadInput
+        from guided_diffusion.runs.ranks import command, start
+        def main():
+            job = start()
+            if job.rank == 1:
+                {fails}
+            time.sleep(600)
+        command(main)()
+    """
+    since = time.monotonic()
+    process = mpiexec(2, script(tmp_path, code))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == status
+    assert said in errors
+    assert time.monotonic() - since < 60
+
+
+def test_ranks_share_the_cores_and_count_without_waiting(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    code = """
+        import os
+        os.environ.pop("OMP_NUM_THREADS", None)
+        from guided_diffusion.runs.ranks import start
+        import torch
+        job = start()
+        turns = [job.add("turn") for _ in range(100)]
+        text = job.share("text", "hello" if job.rank == 0 else "")
+        threads = torch.get_num_threads()
+        job.leave_together("end")
+        print(job.rank, job.size, job.local_rank, job.local_size, threads, text, sum(turns), flush=True)
+    """
+    process = mpiexec(2, script(tmp_path, code))
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    rows = sorted(line.split() for line in said.splitlines())
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [row[:6] for row in rows] == [[str(rank), "2", str(rank), "2", threads, "hello"] for rank in (0, 1)]
+    assert sum(int(row[6]) for row in rows) == sum(range(1, 201))
+
+
+def test_parameters_are_those_of_rank_0(tmp_path):
+    code = """
+        import torch
+        from guided_diffusion import dist_util
+        job = dist_util.setup_dist()
+        torch.manual_seed(job.rank)
+        layer = torch.nn.Linear(3, 2)
+        dist_util.sync_params(layer.parameters())
+        print(layer.weight.tolist(), dist_util.dev())
+        job.leave_together("end")
+    """
+    process = mpiexec(2, script(tmp_path, code))
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    torch.manual_seed(0)
+    assert said.splitlines() == [f"{torch.nn.Linear(3, 2).weight.tolist()} {dist_util.dev()}"] * 2
+
+
+def test_alone_everything_is_there_at_once(tmp_path):
+    job = parallel.start()
+    assert (job.rank, job.size) == (0, 1)
+    assert [job.add("a"), job.add("a", 2), job.add("b", 0)] == [1, 3, 0]
+    assert job.share("text", "hello") == "hello"
+    job.leave_together("end")
+    layer = torch.nn.Linear(2, 2)
+    before = layer.weight.clone()
+    dist_util.sync_params(layer.parameters())
+    assert torch.equal(layer.weight, before)
+    torch.save(layer.state_dict(), tmp_path / "w.pt")
+    assert torch.equal(dist_util.load_state_dict(str(tmp_path / "w.pt"))["weight"], before)
+
+
+def fake_mpi(size):
+    comm = types.SimpleNamespace(size=size, rank=0)
+    return types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=comm))
+
+
+def test_an_mpiexec_of_another_mpi_is_noticed(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setitem(sys.modules, "mpi4py", fake_mpi(1))
+    with pytest.raises(BadInput) as stop:
+        parallel.start()
+    assert "started 4 ranks, but the MPI library that mpi4py loads counts 1" in stop.value.message
+
+
+def test_the_gpu_is_chosen_by_local_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert parallel.Job(rank=6, size=8, local_rank=2, local_size=4).device == torch.device("cuda", 2)
+    assert parallel.Job(rank=5, size=8, local_rank=5, local_size=8).device == torch.device("cuda", 1)

@@ -1,0 +1,240 @@
+"""Runs that are stopped, damaged, repeated and spread over ranks."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion.script_util import create_model_and_diffusion
+from running import SCRIPTS, environment, mpiexec, refused, run
+from small import SMALL, randomised
+
+FLAGS = SMALL | {"class_cond": True, "num_classes": 4, "timestep_respacing": 3, "num_samples": 10, "batch_size": 2}
+FLAGS |= {"shard_size": 4, "sag_scale": 0.5, "sag_block": "middle_block.1"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    network, _ = create_model_and_diffusion(**SMALL, class_cond=True, num_classes=4)
+    path = tmp_path_factory.mktemp("weights") / "network.pt"
+    torch.save(randomised(network).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def flags(weights, tmp_path):
+    return FLAGS | {"model_path": weights, "out_dir": tmp_path / "out"}
+
+
+def result(folder, count=10):
+    return (Path(folder) / f"samples_{count}x16x16x3.npz").read_bytes()
+
+
+def command(flags):
+    return [str(SCRIPTS / "image_sample.py"), *(str(part) for key in flags for part in (f"--{key}", flags[key]))]
+
+
+def test_a_finished_run_makes_nothing_again(flags, capsys):
+    run("image_sample", **flags)
+    first = result(flags["out_dir"])
+    capsys.readouterr()
+    run("image_sample", **flags)
+    said = capsys.readouterr()
+    assert "0 samples" in said.out
+    assert "(10 were there)" in said.out
+    assert "3 of 3 shards are there already" in said.err
+    assert result(flags["out_dir"]) == first
+
+
+def test_missing_and_damaged_shards_are_made_again(flags):
+    run("image_sample", **flags)
+    first, shards = result(flags["out_dir"]), flags["out_dir"] / "shards"
+    (shards / "shard_000000.npz").unlink()
+    (shards / "shard_000001.npz").write_bytes((shards / "shard_000001.npz").read_bytes()[:-9])
+    (flags["out_dir"] / "manifest.json").write_text("{")
+    run("image_sample", **flags)
+    assert result(flags["out_dir"]) == first
+
+
+def test_more_samples_go_into_the_same_folder(flags):
+    run("image_sample", **flags | {"num_samples": 4})
+    four = (flags["out_dir"] / "shards" / "shard_000000.npz").read_bytes()
+    run("image_sample", **flags)
+    assert (flags["out_dir"] / "shards" / "shard_000000.npz").read_bytes() == four
+    shutil.rmtree(flags["out_dir"])
+    grown = flags["out_dir"]
+    run("image_sample", **flags)
+    assert (grown / "shards" / "shard_000000.npz").read_bytes() == four
+
+
+def test_other_settings_in_the_same_folder_are_refused(flags, capsys, weights, tmp_path):
+    run("image_sample", **flags)
+    first = result(flags["out_dir"])
+    capsys.readouterr()
+    assert "sag_scale was 0.5, is 0.7" in refused(capsys, "image_sample", **flags | {"sag_scale": 0.7})
+    assert "batch_size was 2, is 4" in refused(capsys, "image_sample", **flags | {"batch_size": 4})
+    assert result(flags["out_dir"]) == first
+    copy = tmp_path / "renamed.pt"
+    shutil.copy(weights, copy)
+    run("image_sample", **flags | {"model_path": copy})  # the same weights by another name are the same run
+    run("image_sample", **flags | {"sag_scale": 0.7, "overwrite": True})
+    assert result(flags["out_dir"]) != first
+
+
+def test_an_unwritable_folder_is_refused(flags, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(capsys, "image_sample", **flags | {"out_dir": tmp_path / "file" / "below"})
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(flags, capsys, monkeypatch):
+    from guided_diffusion.runs import sample_store
+
+    write, calls = sample_store.write_atomically, []
+
+    def full(path, write_to):
+        calls.append(path)
+        if "shard_000001" in path:
+            raise OSError(28, "No space left on device")
+        return write(path, write_to)
+
+    monkeypatch.setattr(sample_store, "write_atomically", full)
+    with pytest.raises(SystemExit) as stop:
+        run("image_sample", **flags)
+    assert stop.value.code == 2
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    run("image_sample", **flags)
+    assert "1 of 3 shards are there" in capsys.readouterr().err
+
+
+def test_labels_in_equal_numbers(flags):
+    run("image_sample", **flags | {"num_samples": 8}, balanced_labels=True)
+    with np.load(flags["out_dir"] / "samples_8x16x16x3.npz") as file:
+        assert np.bincount(file["arr_1"]).tolist() == [2, 2, 2, 2]
+
+
+def test_progress_as_json_lines(flags, capsys):
+    run("image_sample", **flags, log_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert lines[-1]["samples"] == lines[-1]["of"] == 10
+    assert lines[-1]["images_per_s"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on(flags, tmp_path, number):
+    slow = flags | {"num_samples": 400, "out_dir": tmp_path / "slow"}
+    process = subprocess.Popen(
+        [sys.executable, *command(slow)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment(), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    shards = tmp_path / "slow" / "shards"
+    while not (shards / "shard_000001.npz").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; the same command goes on" in said
+    assert "Traceback" not in said
+    run("image_sample", **slow | {"num_samples": 10})
+    run("image_sample", **flags)
+    assert result(tmp_path / "slow") == result(flags["out_dir"])
+
+
+def test_grace_lets_the_shard_in_hand_be_finished(flags, tmp_path):
+    slow = flags | {"num_samples": 400, "shard_size": 40, "out_dir": tmp_path / "slow", "grace": 60}
+    process = subprocess.Popen(
+        [sys.executable, *command(slow)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    shards = tmp_path / "slow" / "shards"
+    while not (shards / "shard_000000.npz").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    there = len(list(shards.glob("shard_*.npz")))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    # One more, or two if one was finished while the signal was on its way.
+    assert there + 1 <= len(list(shards.glob("shard_*.npz"))) <= there + 2
+
+
+def test_ranks_of_mpi_make_the_same_file(flags, tmp_path):
+    run_alone = subprocess.run(
+        [sys.executable, *command(flags)], stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False
+    )
+    assert run_alone.returncode == 0
+    for ranks in (2, 3):
+        folder = tmp_path / str(ranks)
+        process = mpiexec(ranks, command(flags | {"out_dir": folder}))
+        said, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        assert said.count("network evaluations each") == 1
+        assert json.loads((folder / "manifest.json").read_text())["ranks"] == ranks
+        assert result(folder) == result(flags["out_dir"])
+
+
+def test_a_refusal_under_mpi_is_said_once_and_ends_all(flags):
+    process = mpiexec(2, command(flags | {"sag_block": "nowhere"}))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.count("error: ") == 1
+
+
+def test_the_death_of_a_rank_ends_the_job_and_the_next_start_goes_on(flags, tmp_path):
+    slow = flags | {"num_samples": 800, "out_dir": tmp_path / "slow"}
+    before = set(os.listdir("/dev/shm"))
+    process = mpiexec(2, command(slow))
+    while not (tmp_path / "slow" / "shards" / "shard_000002.npz").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    children = subprocess.run(["pgrep", "-f", str(tmp_path / "slow")], capture_output=True, text=True, check=True)
+    ranks = [int(pid) for pid in children.stdout.split() if int(pid) != process.pid]
+    killed = [pid for pid in ranks if "python" in Path(f"/proc/{pid}/exe").resolve().name][-1]
+    os.kill(killed, signal.SIGKILL)
+    since = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - since < 20
+    assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("mpich")} == set()
+    run("image_sample", **slow | {"num_samples": 10})
+    run("image_sample", **flags)
+    assert result(tmp_path / "slow") == result(flags["out_dir"])
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def test_torchrun(flags, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+         *command(flags)],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((flags["out_dir"] / "manifest.json").read_text())["ranks"] == 2
+    run("image_sample", **flags | {"out_dir": tmp_path / "alone"})
+    assert result(flags["out_dir"]) == result(tmp_path / "alone")
+
+
+def test_a_launcher_without_its_library_is_named(flags, monkeypatch, capsys):
+    monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert "4 ranks, but MPI cannot be loaded" in refused(capsys, "image_sample", **flags)
+
+
+def test_without_a_launcher_mpi_is_not_loaded(flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    run("image_sample", **flags)

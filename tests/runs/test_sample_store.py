@@ -1,0 +1,222 @@
+"""The store: whole shards or none, damage noticed, other settings refused, merging by streams."""
+
+import io
+import json
+import os
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from guided_diffusion.runs.sample_store import DamagedError, SampleStore, Shard, batches
+from guided_diffusion.storage.files import join, read_arrays, write_atomically
+
+RANDOM = np.random.RandomState(0)
+IMAGES = RANDOM.randint(0, 256, (10, 4, 4, 3)).astype(np.uint8)
+LABELS = RANDOM.randint(0, 5, 10)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return SampleStore(str(tmp_path / "run"), {"seed": 3, "sigma": 1.5}, 10, 4, (4, 4, 3), labelled=True)
+
+
+def fill(store, numbers=None):
+    for number in store.shards if numbers is None else numbers:
+        indices = list(store.indices(number))
+        store.write(number, Shard(IMAGES[indices], LABELS[indices], evaluations=float(number)))
+
+
+def test_shards_cover_the_samples(store):
+    assert [list(store.indices(number)) for number in store.shards] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [list(batch) for batch in batches(range(4, 9), 2)] == [[4, 5], [6, 7], [8]]
+
+
+def test_what_is_written_is_read_and_merged(store):
+    assert store.missing() == [0, 1, 2]
+    fill(store)
+    assert store.missing() == []
+    assert store.merge() == pytest.approx((4 * 0 + 4 * 1 + 2 * 2) / 10)
+    with np.load(store.samples_path) as file:
+        assert np.array_equal(file["arr_0"], IMAGES)
+        assert np.array_equal(file["arr_1"], LABELS)
+    assert np.array_equal(store.first(6), IMAGES[:6])
+    assert np.array_equal(store.first(99), IMAGES)
+
+
+def test_the_merged_file_depends_on_nothing_but_the_samples(store):
+    fill(store)
+    store.merge()
+    first = Path(store.samples_path).read_bytes()
+    fill(store, [1])
+    os.utime(store.path(0), (1, 1))
+    store.merge()
+    assert Path(store.samples_path).read_bytes() == first
+
+
+def test_samples_without_labels(tmp_path):
+    store = SampleStore(str(tmp_path), {}, 10, 4, (4, 4, 3), labelled=False)
+    for number in store.shards:
+        store.write(number, Shard(IMAGES[list(store.indices(number))], None, 1.0))
+    store.merge()
+    with np.load(store.samples_path) as file:
+        assert file.files == ["arr_0"]
+        assert np.array_equal(file["arr_0"], IMAGES)
+
+
+def flip(path, position):
+    data = bytearray(Path(path).read_bytes())
+    data[position] ^= 1
+    Path(path).write_bytes(bytes(data))
+
+
+def test_every_flipped_bit_of_a_shard_is_noticed_or_harmless(store):
+    fill(store)
+    whole = Path(store.path(1)).read_bytes()
+    noticed = 0
+    for position in range(0, len(whole), 7):
+        flip(store.path(1), position)
+        try:
+            shard = store.read(1)
+            assert np.array_equal(shard.images, IMAGES[4:8])
+            assert np.array_equal(shard.labels, LABELS[4:8])
+        except DamagedError:
+            noticed += 1
+        Path(store.path(1)).write_bytes(whole)
+    assert noticed > 50
+
+
+def test_every_truncation_of_a_shard_is_noticed(store):
+    fill(store)
+    whole = Path(store.path(0)).read_bytes()
+    for length in range(0, len(whole), 11):
+        Path(store.path(0)).write_bytes(whole[:length])
+        assert store.missing() == [0]
+
+
+@pytest.mark.parametrize("change", [{"identity": {"seed": 4, "sigma": 1.5}}, {"shard_size": 5}, {"shape": (4, 4, 1)}])
+def test_shards_of_another_run_are_missing(store, change):
+    fill(store)
+    assert 0 in replace(store, **change).missing()
+
+
+def test_a_shard_in_the_place_of_another_is_missing(store):
+    fill(store)
+    os.replace(store.path(0), store.path(1))
+    assert store.missing() == [0, 1]
+
+
+def test_more_samples_in_the_same_folder(store):
+    fill(store)
+    assert replace(store, num_samples=11).missing() == [2]
+    assert replace(store, num_samples=8).missing() == []
+
+
+def test_other_settings_are_refused_by_name(store):
+    store.write_manifest({})
+    assert store.check() == ""
+    assert replace(store, num_samples=99).check() == ""
+    other = replace(store, identity={"seed": 3, "sigma": 2.0, "new": True})
+    assert other.check() == ""  # there is nothing to lose
+    fill(store)
+    with pytest.raises(ValueError, match=r"new was None, is True; sigma was 1.5, is 2.0; .* --overwrite True"):
+        other.check()
+    fill(store)
+    other.clear()
+    assert other.check() == ""
+    assert other.missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"identity": 3}', "\x00\xff", '{"identity": ' + "[" * 9999])
+def test_a_damaged_manifest_is_written_again(store, text):
+    fill(store)
+    Path(store.manifest_path).write_text(text, encoding="utf-8")
+    assert "damaged" in store.check()
+    store.write_manifest({})
+    assert store.check() == ""
+    assert store.missing() == []
+
+
+def test_a_second_run_in_the_same_folder_is_refused(store):
+    with store.lock(), pytest.raises(ValueError, match="another run is writing here"), replace(store).lock():
+        pass
+    with store.lock():
+        pass
+
+
+def test_half_written_files_of_a_killed_run_are_swept(store):
+    fill(store)
+    half = Path(store.path(0)).with_name(".shard_000001.npz.x1y2")
+    half.write_bytes(b"half")
+    kept = sorted(path for path in Path(store.folder).rglob("*") if path != half)
+    store.sweep()
+    assert sorted(Path(store.folder).rglob("*")) == kept
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file
+
+
+def test_arrays_are_read_only_as_they_were_asked_for():
+    wanted = {"arr_0": (np.dtype(np.uint8), (None, 4, 4, 3))}
+    assert np.array_equal(read_arrays(npz(arr_0=IMAGES, more=LABELS), wanted)["arr_0"], IMAGES)
+    for wrong in [{"arr_1": IMAGES}, {"arr_0": IMAGES.astype(int)}, {"arr_0": IMAGES[0]}, {"arr_0": IMAGES[..., :2]}]:
+        with pytest.raises(ValueError, match="arr_0"):
+            read_arrays(npz(**wrong), wanted)
+    with pytest.raises(ValueError, match="arr_0"):
+        read_arrays(npz(arr_0=np.array([None, 1], dtype=object)), wanted)
+    with pytest.raises(ValueError, match="arr_0: wanted"):
+        read_arrays(npz(arr_0=np.asfortranarray(IMAGES)), wanted)
+
+
+def test_a_zip_bomb_is_refused_by_its_header():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("arr_0.npy", "w") as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (2, 4, 4, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(200):
+            member.write(bytes(2**20))
+    with pytest.raises(ValueError, match="do not agree"):
+        read_arrays(file, {"arr_0": (np.dtype(np.uint8), (None, 4, 4, 3))})
+
+
+def test_of_two_members_of_one_name_none_is_taken():
+    file = npz(arr_0=IMAGES)
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("arr_0.npy", b"other")
+    with pytest.raises(ValueError, match="got 2"):
+        read_arrays(file, {"arr_0": (np.dtype(np.uint8), (None, 4, 4, 3))})
+
+
+def test_a_remote_file_is_uploaded_whole(monkeypatch):
+    """What blobfile would get: one copy of a finished file."""
+    copies = []
+
+    def copy(source, target, overwrite):
+        copies.append((Path(source).read_bytes(), target, overwrite))
+
+    monkeypatch.setattr("guided_diffusion.storage.files.bf.copy", copy)
+    write_atomically("gs://bucket/run/x", lambda file: file.write(b"abc"))
+    assert copies == [(b"abc", "gs://bucket/run/x", True)]
+    assert join("gs://bucket/run", "shards", "x") == "gs://bucket/run/shards/x"
+
+    def fail(file):
+        file.write(b"part")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically("gs://bucket/run/x", fail)
+    assert len(copies) == 1
+
+
+def test_the_manifest_tells_how_samples_were_made(store):
+    store.write_manifest({"guidance": "off"})
+    manifest = json.loads(Path(store.manifest_path).read_text())
+    assert manifest["identity"] == {"seed": 3, "sigma": 1.5}
+    assert manifest["hash"] == store.hash
+    assert manifest["samples"] == 10
+    assert manifest["guidance"] == "off"

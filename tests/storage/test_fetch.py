@@ -1,0 +1,177 @@
+"""Fetching by address, against a server on this machine that misbehaves as real ones do."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.storage import fetch
+from guided_diffusion.storage.checkpoints import load_state_dict, save_atomically
+from running import run
+from small import SMALL
+
+DATA = bytes(range(256)) * 20000
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `data`; `breaks_at`: how many bytes of the next answer are sent; `ranges`: whether it knows Range."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.data, self.breaks_at, self.ranges, self.asked = DATA, None, True, []
+
+    def url(self, name):
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        wanted = self.headers.get("Range")
+        server.asked.append(wanted)
+        if self.path.endswith("missing.pt"):
+            self.send_error(404)
+            return
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges else 0
+        if start and start >= len(server.data):
+            self.send_error(416)
+            return
+        body = server.data[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: server.breaks_at])
+        server.breaks_at = None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAG_CACHE", str(tmp_path / "cache"))
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def files(path):
+    return sorted(file.name for file in path.parent.iterdir() if not file.name.endswith(".lock"))
+
+
+def test_a_file_is_fetched_once(server):
+    path = fetch.local_path(server.url("a/file.pt"))
+    assert path.read_bytes() == DATA
+    assert fetch.local_path(server.url("a/file.pt")) == path
+    assert server.asked == [None]
+    assert files(path) == ["file.pt", "file.pt.json"]
+    record = json.loads(path.with_name("file.pt.json").read_text())
+    assert record["size"] == len(DATA)
+    assert record["address"] == server.url("a/file.pt")
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_fetch_goes_on(server, ranges):
+    server.ranges, server.breaks_at = ranges, 3_000_000
+    with pytest.raises(ValueError, match="broke off at 3000000 of 5120000 bytes; the same command goes on"):
+        fetch.local_path(server.url("file.pt"))
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA
+    assert server.asked == [None, "bytes=3000000-"]
+
+
+def test_a_part_that_is_longer_than_the_file_is_begun_again(server):
+    server.breaks_at = 3_000_000
+    with pytest.raises(ValueError, match="broke off"):
+        fetch.local_path(server.url("file.pt"))
+    server.data = DATA[:1000]
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA[:1000]
+
+
+def test_a_changed_file_is_noticed(server):
+    path = fetch.local_path(server.url("file.pt"))
+    data = bytearray(DATA)
+    data[77] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="SHA-256 is no longer"):
+        fetch.local_path(server.url("file.pt"))
+    path.write_bytes(DATA[:-1])
+    with pytest.raises(ValueError, match="wanted 5120000 bytes, got 5119999"):
+        fetch.local_path(server.url("file.pt"))
+
+
+def test_what_is_not_there_is_refused(server):
+    with pytest.raises(ValueError, match=r"missing.pt: cannot be fetched \(HTTPError: .*404.*fetch it by hand"):
+        fetch.local_path(server.url("missing.pt"))
+    with pytest.raises(ValueError, match="names no file"):
+        fetch.local_path("https://127.0.0.1/")
+
+
+def test_two_at_once_fetch_once(server):
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(fetch.local_path(server.url("file.pt")).read_bytes()))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [DATA] * 4
+    assert server.asked == [None]
+
+
+def test_blobfile_comes_first_where_it_knows_the_service_and_https_after(server, monkeypatch):
+    address = "https://openaipublic.blob.core.windows.net/diffusion/x.pt"
+    assert fetch._openers(address) == [fetch._open_blob, fetch._open_http]
+    assert fetch._openers("gs://bucket/x.pt") == [fetch._open_blob]
+    assert fetch._openers("http://127.0.0.1/x.pt") == [fetch._open_http]
+
+    def refused(_path, _offset):
+        raise PermissionError("listing is refused")
+
+    def by_http(_path, offset):
+        return fetch_http(server.url("x.pt"), offset)
+
+    fetch_http = fetch._open_http
+    monkeypatch.setattr(fetch, "_open_blob", refused)
+    monkeypatch.setattr(fetch, "_open_http", by_http)
+    assert fetch.local_path(address).read_bytes() == DATA
+
+
+def test_blobfile_streams_with_an_offset(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(DATA)
+    stream, start, size = fetch._open_blob(str(file), 100)
+    with stream:
+        assert (stream.read(5), start, size) == (DATA[100:105], 100, len(DATA))
+
+
+def test_a_checkpoint_loads_by_address(server, tmp_path):
+    save_atomically({"weight": torch.ones(3)}, tmp_path / "w.pt")
+    server.data = (tmp_path / "w.pt").read_bytes()
+    assert load_state_dict(server.url("w.pt"))["weight"].tolist() == [1, 1, 1]
+    server.data = b"<!DOCTYPE html><html>sign in</html>"
+    with pytest.raises(ValueError, match="a web page"):
+        load_state_dict(server.url("page.pt"))
+
+
+def test_a_configuration_alone_is_enough(server, tmp_path):
+    network, _ = create_model_and_diffusion(**SMALL)
+    save_atomically(network.state_dict(), tmp_path / "w.pt")
+    server.data = (tmp_path / "w.pt").read_bytes()
+    lines = [f"{key}: {json.dumps(value)}" for key, value in SMALL.items()]
+    (tmp_path / "one.yaml").write_text("\n".join([*lines, f"model_path: {server.url('w.pt')}", "num_samples: 1"]))
+    for attempt in ("first", "second"):
+        run("image_sample", config=tmp_path / "one.yaml", out_dir=tmp_path / attempt)
+        assert (tmp_path / attempt / "samples_1x16x16x3.npz").exists()
+    assert len(server.asked) == 1
+    server.data = b"other"
+    run("image_sample", config=tmp_path / "one.yaml", model_path=tmp_path / "w.pt", out_dir=tmp_path / "own")
+    assert len(server.asked) == 1

@@ -1,0 +1,208 @@
+"""Three hundred mutated files: each is read as it was, or refused by one sentence; none runs code or fills memory."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from guided_diffusion.runs.conditions import base_condition
+from guided_diffusion.runs.sample_store import SampleStore
+from guided_diffusion.settings.guidance import GuidanceConfig
+from guided_diffusion.settings.model import NetworkConfig
+from guided_diffusion.settings.options import merge, read_yaml
+from guided_diffusion.storage.checkpoints import load_state_dict
+
+STATE = {"weight": torch.arange(40.0).reshape(8, 5), "bias": torch.ones(8)}
+IMAGES = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+YAML = b"image_size: 64\nnum_channels: 128\nclass_cond: true\nsag_scale: 0.5\nsag_block: middle_block.1\n"
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def mutate(data, seed):
+    """Cut, flip, double, swap or fill some of the bytes."""
+    chance = random.Random(seed)
+    data = bytearray(data)
+    kind = chance.choice(["cut", "flip", "flips", "zero", "insert", "double", "swap", "tail"])
+    where = chance.randrange(len(data))
+    if kind == "cut":
+        del data[where:]
+    elif kind == "flip":
+        data[where] ^= 1 << chance.randrange(8)
+    elif kind == "flips":
+        for _ in range(20):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif kind == "zero":
+        data[where : where + 16] = bytes(len(data[where : where + 16]))
+    elif kind == "insert":
+        data[where:where] = bytes(chance.randrange(256) for _ in range(9))
+    elif kind == "double":
+        data += bytes(data)
+    elif kind == "swap":
+        data = data[where:] + data[:where]
+    else:
+        data += b"\x80\x04cos\nsystem\n."
+    return bytes(data)
+
+
+def torch_bytes(value, **settings):
+    file = io.BytesIO()
+    torch.save(value, file, **settings)
+    return file.getvalue()
+
+
+def npz_bytes(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / "owned").exists()
+
+
+def refused_or(path, data, read):
+    """What reading the file gives, or None if it is refused by a ValueError of one line."""
+    path.write_bytes(data)
+    try:
+        return read(str(path))
+    except ValueError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 1000
+    return None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
+def test_mutated_checkpoints(tmp_path, kind):
+    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pt")
+    if kind == "safetensors":
+        save_file(STATE, path)
+        data = path.read_bytes()
+    else:
+        data = torch_bytes(STATE, _use_new_zipfile_serialization=kind == "zip")
+    refused = 0
+    for seed in range(60):
+        state = refused_or(path, mutate(data, seed), load_state_dict)
+        refused += state is None
+        if state is not None:
+            assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    assert refused > 10
+
+
+def hostile_objects():
+    return [
+        pickle.dumps(Runs()),
+        torch_bytes({"weight": Runs()}),
+        torch_bytes({"state_dict": {"weight": torch.ones(1), "more": Runs()}}),
+        torch_bytes([Runs()]),
+        torch_bytes({"weight": Runs()}, _use_new_zipfile_serialization=False),
+        gzip.compress(torch_bytes(STATE)),
+        npz_bytes(weight=np.array([Runs()], dtype=object)),
+        b"\x80\x02" + b"(" * 5000,
+        json.dumps({"weight": [1, 2]}).encode(),
+        (2**63 - 1).to_bytes(8, "little") + b"{}",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_hostile_objects_as_checkpoints(tmp_path, number, suffix):
+    assert refused_or(tmp_path / f"x.{suffix}", hostile_objects()[number], load_state_dict) is None
+
+
+def test_mutated_base_samples(tmp_path):
+    data = npz_bytes(arr_0=IMAGES, arr_1=np.array([0, 3, 1]))
+    refused = 0
+    for seed in range(60):
+        condition_of = refused_or(tmp_path / "x.npz", mutate(data, seed), lambda path: base_condition(path, 4, 5))
+        refused += condition_of is None
+        if condition_of is not None:
+            assert condition_of([0])["low_res"].shape == (1, 3, 4, 4)
+    assert refused > 20
+
+
+def bomb(name):
+    """An npz member of 1 GB of zeros in 1 MB."""
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open(name, "w", force_zip64=True) as member,
+    ):
+        header = {"descr": "|u1", "fortran_order": False, "shape": (2**24, 4, 4, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(64):
+            member.write(bytes(2**20))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        npz_bytes(arr_0=np.array([Runs()], dtype=object), arr_1=np.zeros(1, int)),
+        npz_bytes(**{"../arr_0": IMAGES, "arr_1": np.zeros(3, int)}),
+        npz_bytes(arr_0=IMAGES, arr_1=np.full(3, 2**40)),
+        bomb("arr_0.npy"),
+        bomb("../../arr_0.npy"),
+        pickle.dumps(Runs()),
+        b"",
+    ],
+    ids=range(7),
+)
+def test_hostile_base_samples(tmp_path, data):
+    assert refused_or(tmp_path / "x.npz", data, lambda path: base_condition(path, 4, 5)) is None
+
+
+def read_settings(path):
+    return merge((NetworkConfig, GuidanceConfig), (path, read_yaml(path)))
+
+
+def test_mutated_yaml(tmp_path):
+    refused = 0
+    for seed in range(60):
+        refused += refused_or(tmp_path / "x.yaml", mutate(YAML, seed), read_settings) is None
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.mkdir [owned]",
+        "image_size: !!python/name:os.mkdir",
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nimage_size: *c",
+        "image_size: 1e400",
+        "image_size: {a: 1}",
+        "? [a, b]\n: 3",
+        "3: 4",
+        "image_size: " + "[" * 3000,
+        "\x00",
+    ],
+    ids=range(9),
+)
+def test_hostile_yaml(tmp_path, text):
+    assert refused_or(tmp_path / "x.yaml", text.encode(), read_settings) is None
+
+
+def test_mutated_manifests(tmp_path):
+    store = SampleStore(str(tmp_path), {"seed": 1, "sigma": 2.0}, 3, 2, (4, 4, 3), labelled=False)
+    store.write_manifest({})
+    path, data = tmp_path / "manifest.json", (tmp_path / "manifest.json").read_bytes()
+    for seed in range(60):
+        said = refused_or(path, mutate(data, seed), lambda _: store.check())
+        assert said in ("", None) or "damaged" in said

@@ -1,0 +1,242 @@
+"""Plans run row by row, and their reports."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+import yaml
+
+from evaluations.emoji import WEIGHTS
+from guided_diffusion.guidance import base
+from guided_diffusion.guidance.base import GuidedDenoiser, Interval
+from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
+from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
+from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
+from guided_diffusion.tables import page, report
+from running import SCRIPTS, mpiexec, refused, run
+
+PUBLISHED = {"frechet_distance": 100, "recall": None}
+PLAN = {
+    "title": "A <test> plan",
+    "paper": "nowhere, Table 0",
+    "features": "emoji",
+    "pr_dtype": "fp32",
+    "common_n": 5,
+    "groups": {"one": "Strength s", "two": "Others"},
+    "config": ["emoji"],
+    "set": {"timestep_respacing": "2", "num_samples": 5, "batch_size": 3},
+    "reference": str(WEIGHTS.parent / "emoji32_held_out.npz"),
+    "rows": [
+        {"name": "off", "label": "s = 0", "group": "one", "x": 0, "set": {"sag_scale": 0, "num_samples": 7}},
+        {
+            "name": "on",
+            "label": "s = 1",
+            "group": "one",
+            "x": 1,
+            "published": {"frechet_distance": 100, "recall": None},
+        },
+        {"name": "again", "label": "the same", "group": "two", "same_as": "on"},
+        {"name": "by_class", "label": "CG", "group": "two", "config": ["emoji", "emoji_classifier"]},
+        {"name": "broken", "label": "broken", "group": "two", "set": {"sag_block": "nowhere"}},
+        {"name": "no_weights", "label": "other", "group": "two", "config": [], "missing": "there is no such network"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder of a plan that was run once, and the plan's path."""
+    folder = tmp_path_factory.mktemp("plan")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(PLAN))
+    run("reproduce", path, out_dir=folder / "out")
+    return folder / "out", path
+
+
+def rows_of(folder):
+    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+
+
+def test_every_row_is_measured_or_says_why_not(ran):
+    rows = rows_of(ran[0])
+    assert list(rows) == [row["name"] for row in PLAN["rows"]]
+    assert {name for name, row in rows.items() if row["metrics"]} == {"off", "on", "again", "by_class"}
+    assert rows["off"]["n"] == 7
+    assert rows["on"]["n"] == 5
+    assert rows["off"]["network_evaluations_per_sample"] == 2
+    assert rows["on"]["network_evaluations_per_sample"] == 4
+    assert rows["by_class"]["classifier_gradients_per_sample"] == 2
+    assert rows["again"]["metrics"] == rows["on"]["metrics"]
+    assert rows["again"]["label"] == "the same"
+    assert "no attention block 'nowhere'" in rows["broken"]["reason"]
+    assert rows["no_weights"]["reason"] == "there is no such network"
+    # All compare at the same number of samples.
+    assert rows["off"]["common"]["frechet_distance"] != rows["off"]["metrics"]["frechet_distance"]
+    assert rows["on"]["common"] == rows["on"]["metrics"]
+    assert "frechet_distance" in rows["by_class"]["common"]
+
+
+def test_a_second_run_goes_on_and_keeps_what_is_there(ran, capsys, tmp_path):
+    folder, path = tmp_path / "out", ran[1]
+    shutil.copytree(ran[0], folder)
+    before = rows_of(folder)
+    run("reproduce", path, rows="off", out_dir=folder)
+    assert "0 samples in" in capsys.readouterr().out
+    after = rows_of(folder)
+    assert after == before
+    assert after["off"]["images_per_s"] > 0
+    # A row that the plan asks for in another way is not taken over.
+    changed = json.loads(json.dumps(PLAN))
+    changed["rows"][1]["set"] = {"blur_sigma": 2}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(changed))
+    run("reproduce", folder / "tiny.yaml", rows="off", out_dir=folder)
+    assert rows_of(folder)["on"]["reason"] == "not yet"
+    assert rows_of(folder)["by_class"] == before["by_class"]
+
+
+def test_report_shows_published_and_measured(ran):
+    text = (ran[0] / "report.md").read_text()
+    row = rows_of(ran[0])["on"]
+    measured = row["metrics"]["frechet_distance"]
+    line = next(line for line in text.splitlines() if line.startswith("| s = 1 |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == [
+        "100.00",
+        f"{measured['value']:.2f} ± {measured['error']:.2f}",
+        f"{measured['value'] - 100:+.2f}",
+    ]
+    assert "unknown" in cells
+    assert "not run: there is no such network" in text
+    assert "4 of 6 rows measured" in text
+    assert "## Strength s" in text
+
+
+def test_page_stands_alone(ran):
+    text = (ran[0] / "report.html").read_text()
+    assert "A &lt;test&gt; plan" in text
+    assert "<test>" not in text
+    assert text.count('class="slider"') == 2  # the guided rows; one that is the same as another has no pictures
+    assert "<svg" in text or "needs matplotlib" in text
+    for source in ("src=", "href="):
+        for part in text.split(source)[1:]:
+            assert part.startswith(('"data:image/png;base64,', '"#', "'#"))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_page_in_a_browser(ran, tmp_path):
+    """Chromium draws tables, pictures and slider, and its console stays empty."""
+    text = (ran[0] / "report.html").read_text()
+    probe = """<script>
+      const input = document.querySelector(".slider input"), over = document.querySelector(".slider .over");
+      const before = over.getBoundingClientRect().width;
+      input.value = 10; input.dispatchEvent(new Event("input"));
+      const after = over.getBoundingClientRect().width;
+      const loaded = [...document.images].filter(image => image.complete && image.naturalWidth).length;
+      document.title = JSON.stringify({tables: document.querySelectorAll("tbody tr").length, loaded,
+        images: document.images.length, moved: after < before && after > 0});
+    </script>"""
+    (tmp_path / "probe.html").write_text(text.replace("</body>", f"{probe}</body>"))
+    process = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom",
+         f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/probe.html"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in process.stderr
+    found = json.loads(process.stdout.split("<title>")[1].split("</title>")[0])
+    assert found["moved"]
+    assert found["loaded"] == found["images"] >= 6
+    assert found["tables"] >= 6
+
+
+def test_dry_run_counts_what_a_run_takes(ran, capsys):
+    run("reproduce", ran[1], "--dry_run", rows="off,on,by_class,no_weights")
+    out = capsys.readouterr().out
+    assert "7 samples, 2 network evaluations each" in out
+    assert out.count("5 samples, 4 network evaluations each") == 2
+    assert "cannot be run: there is no such network" in out
+    assert "python scripts/classifier_sample.py --config configs/emoji.yaml" in out
+    assert "hours in all with 1 rank(s)" in out
+
+
+def test_refusals(ran, capsys, tmp_path):
+    assert "no row is called 'x*'; there are off, on" in refused(capsys, "reproduce", ran[1], rows="x*")
+    assert "no such plan; there are" in refused(capsys, "reproduce", "nothing")
+    (tmp_path / "bad.yaml").write_text("title: x\nrows: [{name: a, label: b, confg: emoji}]")
+    assert "row a: unknown key 'confg'" in refused(capsys, "reproduce", tmp_path / "bad.yaml")
+    with pytest.raises(SystemExit) as stop:
+        run("reproduce", ran[1], samples=0)
+    assert stop.value.code == 2
+
+
+def test_fetch_brings_files_to_the_cache(tmp_path, monkeypatch, capsys):
+    plan = PLAN | {"reference": "https://example.org/ref.npz", "rows": PLAN["rows"][:2]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    asked = []
+    monkeypatch.setattr(
+        "guided_diffusion.storage.fetch.local_path", lambda path: asked.append(path) or tmp_path / "there"
+    )
+    run("reproduce", tmp_path / "plan.yaml", "--fetch")
+    assert asked == ["https://example.org/ref.npz"]
+    assert "there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("interval", [Interval(), Interval(0.2, 0.7)])
+def test_evaluations_are_counted_without_making_any(small_conditional, every, interval):
+    network, diffusion = small_conditional
+    block = next(module for name, module in network.named_modules() if name == "middle_block.1")
+    shared = {"interval": interval, "every": every}
+    sag = SelfAttentionGuidance(scale=0.5, block=block, **shared)
+    cfg = ClassifierFreeGuidance(scale=1.0, null=null_class(4), **shared)
+    pag = PerturbedAttentionGuidance(scale=0.5, blocks=(block,), **shared)
+    for guidances in ([], [sag], [cfg], [pag], [sag, cfg], [sag, pag], [cfg, pag], [sag, cfg, pag]):
+        guided = GuidedDenoiser(diffusion.denoiser(network, True), diffusion.process, guidances)
+        x = torch.zeros(1, 3, 16, 16)
+        for t in reversed(range(diffusion.num_timesteps)):
+            guided(x, torch.tensor([t]), {"y": torch.tensor([1])})
+        assert base.evaluations(guidances, diffusion.num_timesteps) == guided.evaluations
+
+
+def test_equal_cost_leaves_out_what_does_not_compare():
+    def row(name, cost, value, **more):
+        found = {"frechet_distance": {"value": value, "error": 1.0}}
+        return {"name": name, "label": name, "metrics": found, "common": found, "same_as": "", "n": 5,
+                "network_evaluations_per_sample": cost} | more  # fmt: skip
+
+    rows = [row("a", 100, 3), row("b", 100, 2), row("c", 50, 1), row("d", 100, 1, classifier_gradients_per_sample=50)]
+    [(cost, tied)] = report.equal_cost({"rows": rows})
+    assert cost == 100
+    assert [found["name"] for found in tied] == ["b", "a"]
+
+
+def test_texts_are_escaped():
+    assert "<script>" not in page.table(["<script>"], [["<b>&"]]).replace("<tbody>", "")
+    assert "&lt;b&gt;&amp;" in page.table(["x"], [["<b>&"]])
+
+
+def test_a_plan_without_reference_measures_cost(tmp_path):
+    rows = [{"name": "none", "label": "none", "set": {"sag_scale": 0}},
+            {"name": "sag", "label": "SAG", "published": {"seconds": 186.6, "relative_time": 1.72}}]  # fmt: skip
+    plan = PLAN | {"reference": "", "common_n": 0, "rows": rows}
+    (tmp_path / "cost.yaml").write_text(yaml.safe_dump(plan))
+    for _ in range(2):  # what was made once keeps its time
+        run("reproduce", tmp_path / "cost.yaml", out_dir=tmp_path / "out")
+        found = rows_of(tmp_path / "out")
+        assert found["none"]["metrics"]["relative_time"]["value"] == 1
+        times = [found[name]["metrics"]["seconds"]["value"] for name in ("none", "sag")]
+        assert found["sag"]["metrics"]["relative_time"]["value"] == pytest.approx(times[1] / times[0])
+    assert "1.72" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_ranks_share_every_row(ran, tmp_path):
+    """Two ranks make the rows one after the other, and the same numbers as one process."""
+    script = SCRIPTS / "reproduce.py"
+    process = mpiexec(2, [script, str(ran[1]), "--rows", "off,on", "--out_dir", str(tmp_path / "out")])
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    one, two = rows_of(ran[0]), rows_of(tmp_path / "out")
+    for name in ("off", "on"):
+        for metric, measured in one[name]["metrics"].items():
+            assert two[name]["metrics"][metric]["value"] == pytest.approx(measured["value"], rel=1e-6)
