@@ -1,0 +1,1 @@
+"""What attention selects: the attention report."""

@@ -6,14 +6,12 @@ labels), which are used round and round. Writes samples_NxHxWx3.npz, grid.png, c
   python scripts/super_res_sample.py --config configs/adm_upsampler_64_256.yaml --base_samples 64_samples.npz
 """
 
-from dataclasses import asdict
-
-from ..networks.building import fill, make_ready, unfilled
+from ..diffusion.diffusion import build_diffusion
+from ..networks.building import build_upsampler, fill, make_ready, unfilled
 from ..runs.conditions import base_condition
 from ..runs.pipeline import ImagePipeline
 from ..runs.ranks import command, start
 from ..runs.run import run
-from ..script_util import sr_create_model_and_diffusion
 from ..settings.model import OF_OTHER_SIZES, DiffusionConfig, NetworkConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.sampling import SamplingConfig, UpsamplingConfig
@@ -33,11 +31,10 @@ def main() -> None:
             raise ValueError("base_samples: give the npz of the images to begin with")
         device = job.device
         with unfilled():
-            network, diffusion = sr_create_model_and_diffusion(
-                sizes.large_size, sizes.small_size, **asdict(network_config) | asdict(diffusion_config)
-            )
+            network = build_upsampler(sizes, network_config, diffusion_config.learn_sigma)
         condition_of = base_condition(sizes.base_samples, sizes.small_size, network.num_classes)
         fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
         make_ready(network, network_config.use_fp16, sampling.compile)
+        diffusion = build_diffusion(diffusion_config)
     pipeline = ImagePipeline(sampling, sizes.large_size, network, diffusion, device, condition_of)
     run(pipeline, settings, f"super-resolution {sizes.small_size} → {sizes.large_size}", job)

@@ -7,12 +7,12 @@ it stopped. To sample: super_res_sample.py --config OUT_DIR/config.yaml --model_
   python scripts/super_res_train.py --data_dir PICTURES --out_dir runs/upsampler --large_size 256 --small_size 64
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
+from ..networks.building import build_upsampler
 from ..runs.ranks import command, start
-from ..script_util import sr_create_model_and_diffusion
 from ..settings.model import OF_OTHER_SIZES, DiffusionConfig, NetworkConfig, SuperResolutionConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.training import TrainingConfig
@@ -42,9 +42,7 @@ def main() -> None:
     with exit_on_bad_input():
         classes = classes_of(training.data_dir, network_config)
         torch.manual_seed(training.seed)
-        network, _ = sr_create_model_and_diffusion(
-            sizes.large_size, sizes.small_size, **asdict(network_config) | asdict(diffusion_config)
-        )
+        network = build_upsampler(sizes, network_config, diffusion_config.learn_sigma)
         settings = resolved(sizes, network_config, diffusion_config)
         condition = first_images(training, sizes, class_cond) if training.sample_interval else {}
     batches = batches_of(training, training.data_dir, sizes.large_size, class_cond, job)

@@ -1,0 +1,1 @@
+"""The diffusion process, denoisers, samplers and losses. Knows nothing of networks and guidance."""

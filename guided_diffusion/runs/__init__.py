@@ -1,0 +1,1 @@
+"""A sampling run: ranks, pipelines, shards, progress; and likelihoods."""

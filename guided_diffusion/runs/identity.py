@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..__init__ import __version__
+from .. import __version__
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults

@@ -1,4 +1,4 @@
-"""What the sampling scripts share: their settings, the conditions of samples, and the objects built from them."""
+"""What makes sample i, of any kind of model; and the one of ADM and IDDPM networks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,28 @@ from ..guidance.base import Guidance, GuidedDenoiser
 from ..guidance.classifier import with_classifier
 from ..settings.sampling import RunConfig, SamplingConfig
 from .conditions import ConditionOf, unconditional
+
+
+class Pipeline(Protocol):
+    """What makes sample i, of any kind of model.
+
+    name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
+    condition. num_steps: States of a trajectory.
+    """
+
+    config: RunConfig
+    device: torch.device
+    name: str
+    num_samples: int
+    shape: tuple[int, int, int]
+    labelled: bool
+    num_steps: int
+
+    def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
+        """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
+
+    def images(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [−1, 1] of what the last state holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,25 +89,3 @@ class ImagePipeline:
         sample = SAMPLERS[config.sampler_name]
         for state in sample(denoiser, process, noise.x_T(), condition, noise, **of_ddim):
             yield state, guided
-
-
-class Pipeline(Protocol):
-    """What makes sample i, of any kind of model.
-
-    name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
-    condition. num_steps: States of a trajectory.
-    """
-
-    config: RunConfig
-    device: torch.device
-    name: str
-    num_samples: int
-    shape: tuple[int, int, int]
-    labelled: bool
-    num_steps: int
-
-    def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
-        """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
-
-    def images(self, x: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [−1, 1] of what the last state holds."""

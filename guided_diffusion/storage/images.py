@@ -14,18 +14,12 @@ from torch import Tensor
 from ..settings.options import exit_on_bad_input
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"}
-
-
 # Pillow knows dozens more by their contents, some of which start other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-
-
 MOST_PIXELS = 10**8
 
 
 HEADERS_CHECKED = 10_000
-
-
 BAD_FILES_NAMED = 5
 
 
