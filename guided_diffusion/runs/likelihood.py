@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from ..diffusion.denoiser import Condition, Prediction
 from ..diffusion.diffusion import Diffusion
-from ..diffusion.losses import bpd_loop
+from ..diffusion.losses import bpd_loop, prior_bpd, vb_terms_bpd
 from ..diffusion.noise import SampleNoise
 from ..settings.options import exit_on_bad_input
 from ..settings.sampling import LikelihoodConfig
@@ -88,12 +88,13 @@ def _bound(
     noise = SampleNoise(config.seed, indices, x0.shape[1:], device)
     denoiser = diffusion.denoiser(network, config.clip_denoised)
 
-    def counted(x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+    def term(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         prediction = denoiser(x_t, t, condition)
         progress.add(len(x_t))
-        return prediction
+        return vb_terms_bpd(prediction, x0), prediction.x0
 
-    found = bpd_loop(counted, diffusion.process, x0.to(device), condition, noise)
+    x0 = x0.to(device)
+    found = bpd_loop(diffusion.process, x0, noise, term, partial(prior_bpd, diffusion.process))
     return {name: found[name].float().cpu().numpy() for name in ("prior_bpd", *BY_STEP)}
 
 
