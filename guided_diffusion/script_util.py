@@ -293,19 +293,22 @@ def create_gaussian_diffusion(
     timestep_respacing: str | Iterable[int] | None = "",
 ) -> SpacedDiffusion:
     """The diffusion. timestep_respacing: as `space_timesteps`, or `logsnrN`; empty: all steps."""
-    betas = gd.get_named_beta_schedule(noise_schedule, steps)
-    spacing = timestep_respacing or [steps]
+    settings = {name: value for name, value in locals().items() if name in OF_DIFFUSION}
+    del settings["timestep_respacing"]
+    [config] = merge((DiffusionConfig,), ("create_gaussian_diffusion", settings | {"diffusion_steps": steps}))
+    betas = gd.get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
+    spacing = timestep_respacing or [len(betas)]
     by_snr = isinstance(spacing, str) and spacing.startswith("logsnr")
     return SpacedDiffusion(
-        use_timesteps=kept_timesteps(betas, spacing) if by_snr else space_timesteps(steps, spacing),
+        use_timesteps=kept_timesteps(betas, spacing) if by_snr else space_timesteps(len(betas), spacing),
         betas=betas,
-        rescale_timesteps=rescale_timesteps,
+        rescale_timesteps=config.rescale_timesteps,
         **kinds(
-            learn_sigma=learn_sigma,
+            learn_sigma=config.learn_sigma,
             sigma_small=sigma_small,
-            use_kl=use_kl,
-            predict_xstart=predict_xstart,
-            rescale_learned_sigmas=rescale_learned_sigmas,
+            use_kl=config.use_kl,
+            predict_xstart=config.predict_xstart,
+            rescale_learned_sigmas=config.rescale_learned_sigmas,
         ),
     )
 
