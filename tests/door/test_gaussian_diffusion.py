@@ -29,20 +29,11 @@ FLAGS = {
 SHAPE = (2, 3, 32, 32)
 NUMBERS = np.load(golden.DATA / "door" / "numbers.npz")
 TABLES = [
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "alphas_cumprod_next",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "alphas_cumprod_next", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1",
     "posterior_mean_coef2",
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +97,7 @@ def test_an_overridden_prediction_of_x0_under_ddim(model):
 
 
 def test_an_overridden_condition_mean(model):
-    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+    def condition_mean(_self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         return p_mean_var["mean"].float() + 0.1 * cond_fn(x, t, **(model_kwargs or {}))
 
     diffusion = diffusion_of(condition_mean=condition_mean)
@@ -177,7 +168,7 @@ PAIRS = [(loop, method) for loop, methods in REACHES.items() for method in metho
 def called(loop, diffusion):
     """Run a loop of a network that answers at once."""
 
-    def network(x, t, **_condition):
+    def network(x, _t, **_condition):
         return torch.cat([0.1 * x, 0 * x], dim=1)
 
     x, t = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8), torch.tensor([3, 1])
@@ -220,6 +211,9 @@ def test_overrides_of_other_mean_types(kind):
     assert bool(seen) == (kind == "PREVIOUS_X")
 
 
+KEYS = ("sample", "pred_xstart")
+
+
 class Constant(Guidance):
     """Δ = the same number everywhere."""
 
@@ -256,7 +250,7 @@ def test_an_override_and_a_guidance_compose(loop):
 
 
 def test_a_step_that_takes_no_guidance_is_refused_by_name():
-    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None):
+    def p_sample(_self, _model, x, _t, clip_denoised, denoised_fn, cond_fn, model_kwargs):  # noqa: ARG001
         return {"sample": x, "pred_xstart": x}
 
     diffusion, network = diffusion_of(p_sample=p_sample), lambda x, t: torch.cat([x, x], dim=1)
