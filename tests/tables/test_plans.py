@@ -1,7 +1,7 @@
 """Plans: each row is the run that it says, its published numbers are the paper's, and a wrong file is refused."""
 
 import functools
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ from guided_diffusion.guidance.building import guidances_of
 from guided_diffusion.networks.building import build_classifier, build_network
 from guided_diffusion.settings.options import parse_args
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
-from running import SCRIPTS
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published.json").read_text())
 OURS = ("demo", "solvers")  # of the embedded model
@@ -30,14 +29,6 @@ GROUPS = {
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
 
 
-@functools.cache
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class ParsedError(Exception):
     """Stops a script when it has its settings."""
 
@@ -48,7 +39,7 @@ def settings_of(row):
     def parse_and_stop(description, groups):
         raise ParsedError(parse_args(description, groups, row.arguments()))
 
-    module = script(row.script)
+    module = importlib.import_module(f"guided_diffusion.commands.{row.script}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "parse_args", parse_and_stop)
         with pytest.raises(ParsedError) as stop:

@@ -151,7 +151,7 @@ def test_page_in_a_browser(ran, tmp_path):
 
 
 def test_dry_run_counts_what_a_run_takes(ran, capsys):
-    run("reproduce", ran[1], "--dry_run", rows="off,on,by_class,no_weights")
+    run("reproduce", ran[1], "--dry_run", "--timing", rows="off,on,by_class,no_weights")
     out = capsys.readouterr().out
     assert "7 samples, 2 network evaluations each" in out
     assert out.count("5 samples, 4 network evaluations each") == 2
@@ -175,7 +175,7 @@ def test_fetch_brings_files_to_the_cache(tmp_path, monkeypatch, capsys):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     asked = []
     monkeypatch.setattr(
-        "guided_diffusion.storage.fetch.local_path", lambda path: asked.append(path) or tmp_path / "there"
+        "guided_diffusion.tables.rows.local_path", lambda path: asked.append(path) or tmp_path / "there"
     )
     run("reproduce", tmp_path / "plan.yaml", "--fetch")
     assert asked == ["https://example.org/ref.npz"]
@@ -212,8 +212,9 @@ def test_equal_cost_leaves_out_what_does_not_compare():
 
 
 def test_texts_are_escaped():
-    assert "<script>" not in page.table(["<script>"], [["<b>&"]]).replace("<tbody>", "")
-    assert "&lt;b&gt;&amp;" in page.table(["x"], [["<b>&"]])
+    table = page.templates().get_template("parts.html.j2").module.table
+    assert "<script>" not in table(["<script>"], [["<b>&"]]).replace("<tbody>", "")
+    assert "&lt;b&gt;&amp;" in table(["x"], [["<b>&"]])
 
 
 def test_a_plan_without_reference_measures_cost(tmp_path):
