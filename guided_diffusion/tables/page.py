@@ -21,9 +21,9 @@ class Section:
     """
 
     title: str
+    text: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    text: str = ""
     plot: Callable[[], Any] | None = None
 
 

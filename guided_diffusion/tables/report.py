@@ -138,7 +138,7 @@ def _of_group(rows: Sequence[Result], title: str, common_n: int) -> Section:
     points = [(row["x"], *_at_common_n(row)) for row in rows if row["x"] is not None and _at_common_n(row)]
     points.sort(key=lambda point: point[0])
     plot = partial(_curve, points, title) if len(points) > 1 else None
-    return Section(title, *group_table(rows, common_n), plot=plot)
+    return Section(title, "", *group_table(rows, common_n), plot=plot)
 
 
 def _of_equal_cost(results: Mapping[str, Any]) -> list[Section]:
@@ -150,7 +150,7 @@ def _of_equal_cost(results: Mapping[str, Any]) -> list[Section]:
             n = results["common_n"] if row["common"] else row["n"]
             rows.append([f"{cost:g}", row["label"], f"{TITLES[name]} {measured(found)}", str(n)])
     head = ["network evaluations", "row", "distance", "N"]
-    return [Section("At an equal number of network evaluations", head, rows)] if rows else []
+    return [Section("At an equal number of network evaluations", "", head, rows)] if rows else []
 
 
 def _sections(results: Mapping[str, Any]) -> list[Section]:
