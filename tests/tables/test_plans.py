@@ -29,6 +29,11 @@ GROUPS = {
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
 
 
+@functools.cache
+def script(name):
+    return importlib.import_module(f"guided_diffusion.commands.{name}")
+
+
 class ParsedError(Exception):
     """Stops a script when it has its settings."""
 
@@ -39,7 +44,7 @@ def settings_of(row):
     def parse_and_stop(description, groups):
         raise ParsedError(parse_args(description, groups, row.arguments()))
 
-    module = importlib.import_module(f"guided_diffusion.commands.{row.script}")
+    module = script(row.script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "parse_args", parse_and_stop)
         with pytest.raises(ParsedError) as stop:
