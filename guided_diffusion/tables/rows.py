@@ -68,7 +68,7 @@ def run_rows(
         if ranks.rank == 0:
             done[row.name] = results.unmeasured(row, "") | found
             results.write(folder, plan, done, job.device)
-    if ranks.rank == 0:
+    if ranks.rank == 0 and not done:
         results.write(folder, plan, done, job.device)
 
 
