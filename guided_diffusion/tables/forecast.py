@@ -37,6 +37,7 @@ def forecast(rows: Sequence[Row], job: Job | None = None) -> Iterator[str]:
 
 
 def _hours(rows: Sequence[Row], job: Job) -> Iterator[str]:
+    """Lines for people; networks of the same files, batch and classifier are timed once."""
     times: dict[tuple[Any, ...], tuple[float, float]] = {}
     total = 0.0
     for row in rows:
@@ -53,6 +54,7 @@ def _hours(rows: Sequence[Row], job: Job) -> Iterator[str]:
 
 
 def _built(row: Row, device: torch.device) -> ImagePipeline:
+    """The row's run without its weights."""
     try:
         return prepare(row, device, weights=False).pipeline
     except ValueError as error:

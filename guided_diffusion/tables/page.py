@@ -44,7 +44,7 @@ def as_markdown(title: str, introduction: Sequence[str], sections: Sequence[Sect
         lines += [f"## {section.title}", ""] if section.title else []
         lines += [section.text, ""] if section.text else []
         for cells in (section.head, ["---"] * len(section.head), *section.rows):
-            lines.append(" | ".join(["", *cells, ""]).strip())
+            lines.append(" | ".join(["", *(cell.replace("|", r"\|") for cell in cells), ""]).strip())
         lines.append("")
     return "\n".join(lines)
 

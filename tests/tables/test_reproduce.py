@@ -297,6 +297,8 @@ def test_texts_are_escaped():
     table = page.templates().get_template("parts.html.j2").module.table
     assert "<script>" not in table(["<script>"], [["<b>&"]]).replace("<tbody>", "")
     assert "&lt;b&gt;&amp;" in table(["x"], [["<b>&"]])
+    text = page.as_markdown("Title", [], [page.Section("", "", ["x", "y"], [["|a|", "b"]])])
+    assert text.splitlines()[-1] == r"| \|a\| | b |"
 
 
 def test_a_plan_without_reference_measures_cost(tmp_path):
