@@ -113,9 +113,9 @@ class Observation:
 class Step(Observation):
     """One sampling step as guidances see it: what its shared passes have shown, and more passes.
 
-    conditional: ε(x, c), which guidance is added to; where `null` makes no condition of the unconditional pass, `base`
-    is the same. Both come from one batch. due: the guidances that attention is recorded for. evaluations: network
-    passes made so far, in units of one pass of x_t.
+    conditional: ε(x, c), which guidance is added to, from one batch with `base`; without `null`, which makes the
+    condition of the unconditional pass, the two are one. due: the guidances that attention is recorded for.
+    evaluations: network passes made so far, in units of one pass of x_t.
     """
 
     def __init__(
