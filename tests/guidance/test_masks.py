@@ -52,8 +52,7 @@ def test_the_share_is_the_one_that_was_asked_for(small, make, share):
 
 
 def test_an_observation_is_all_that_a_mask_needs(small):
-    network, diffusion = small
-    sag = SelfAttentionGuidance(scale=1.0, block=find_block(network, "output_blocks.2.1"))
+    sag = SelfAttentionGuidance(scale=1.0, block=find_block(small[0], "output_blocks.2.1"))
     for guidance in [sag, *(masked(make(0.4)) for make in WITH_SHARE), masked(everywhere)]:
         _, guided = guide(small, guidance)
         step = guided.last_step
