@@ -75,8 +75,9 @@ class _OwnProcess:
     def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return self._diffusion.q_posterior_mean_variance(x_start=x0, x_t=x_t, t=t)[0]
 
-    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return self._diffusion._predict_xstart_from_eps(x_t=x_t, t=t, eps=eps)
+    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor, otherwise: Tensor | float = math.nan) -> Tensor:
+        x0 = self._diffusion._predict_xstart_from_eps(x_t=x_t, t=t, eps=eps)
+        return torch.where(self.has_signal(t, x_t), x0, otherwise)
 
     def x0_from_previous(self, x_t: Tensor, t: Tensor, previous: Tensor) -> Tensor:
         return self._diffusion._predict_xstart_from_xprev(x_t=x_t, t=t, xprev=previous)

@@ -106,6 +106,7 @@ def training_losses(
     target = {
         ModelMeanType.EPSILON: lambda: noise,
         ModelMeanType.START_X: lambda: x0,
+        ModelMeanType.VELOCITY: lambda: process.velocity(x0, t, noise),
         ModelMeanType.PREVIOUS_X: lambda: process.q_posterior_mean(x0, x_t, t),
     }[denoiser.mean_type]()
     mse = mean_flat((target - value) ** 2)
@@ -136,9 +137,9 @@ def bpd_loop(
     bits/dim, and for each step (last first) `vb` [N, T] in bits/dim, `xstart_mse` and `mse` (of ε) [N, T].
     """
     vb, xstart_mse, mse = [], [], []
-    for step in reversed(range(process.num_timesteps)):
-        t = torch.full((len(x0),), step, device=x0.device)
-        noise = noise_of(step)
+    for time in reversed(range(process.num_timesteps)):
+        t = torch.full((len(x0),), time, device=x0.device)
+        noise = noise_of(time)
         x_t = process.q_sample(x0, t, noise)
         bits, predicted = term(x_t, t)
         vb.append(bits)
