@@ -461,7 +461,9 @@ class SuperResModel(UNetModel):
     def __init__(self, image_size: int, in_channels: int, *args, **kwargs):
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
-    def forward(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, *, y: Tensor | None = None
+    ) -> Tensor:
         """As UNetModel, with `low_res` [N, C, s, s] of any side s, in [-1, 1]."""
         if low_res is None:
             raise ValueError("a super-resolution network needs low_res")
