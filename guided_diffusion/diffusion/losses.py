@@ -11,9 +11,9 @@ from .denoiser import Condition, ModelMeanType, NetworkDenoiser, Prediction
 from .process import ForwardProcess
 
 
-def mean_flat(x: Tensor) -> Tensor:
+def mean_flat(tensor: Tensor) -> Tensor:
     """Mean over all dimensions but the first: [N, ...] to [N]."""
-    return x.flatten(1).mean(dim=1)
+    return tensor.flatten(1).mean(dim=1)
 
 
 class LossType(enum.Enum):
@@ -29,29 +29,22 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
-def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
     """KL divergence of two diagonal Gaussians in nats, elementwise; arguments broadcast."""
-    return 0.5 * (
-        log_variance2
-        - log_variance1
-        - 1
-        + (log_variance1 - log_variance2).exp()
-        + (mean1 - mean2) ** 2 * (-log_variance2).exp()
-    )
+    logvar1, logvar2 = torch.as_tensor(logvar1), torch.as_tensor(logvar2)
+    return 0.5 * (logvar2 - logvar1 - 1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
 
 
-def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """log P of 8-bit values x (scaled to [−1, 1]) under a Gaussian integrated over each value's bin, in nats.
+def approx_standard_normal_cdf(x: Tensor) -> Tensor:
+    """Φ(x) ≈ (1 + tanh(√(2/π)(x + 0.044715 x³)))/2, as in the published bounds."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
-    The normal distribution function is Φ(z) ≈ (1 + tanh(√(2/π)(z + 0.044715 z³)))/2, as in the published bounds.
-    """
 
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
+def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
+    """log P of 8-bit values x (scaled to [−1, 1]) under a Gaussian integrated over each value's bin, in nats."""
     precision = (-log_scales).exp()
-    upper = cdf(precision * (x - means + 1 / 255))
-    lower = cdf(precision * (x - means - 1 / 255))
+    upper = approx_standard_normal_cdf(precision * (x - means + 1 / 255))
+    lower = approx_standard_normal_cdf(precision * (x - means - 1 / 255))
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
 
@@ -65,7 +58,7 @@ def vb_terms_bpd(prediction: Prediction, x0: Tensor) -> Tensor:
         prediction.mean,
         prediction.log_variance,
     )
-    nll = -discretized_gaussian_log_likelihood(x0, prediction.mean, 0.5 * prediction.log_variance)
+    nll = -discretized_gaussian_log_likelihood(x0, means=prediction.mean, log_scales=0.5 * prediction.log_variance)
     return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
 
@@ -73,9 +66,8 @@ def prior_bpd(process: ForwardProcess, x0: Tensor) -> Tensor:
     """KL of q(x_T | x_0) from the standard normal, [N] bits/dim."""
     t = torch.full((len(x0),), process.num_timesteps - 1, device=x0.device)
     mean = process.at("sqrt_alphas_cumprod", t, x0) * x0
-    zero = torch.zeros_like(x0[:1])
     log_variance = process.at("log_one_minus_alphas_cumprod", t, x0)
-    return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
+    return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
 
 
 Bound = Callable[[Callable[..., Tensor], Tensor], Tensor]
