@@ -1,6 +1,11 @@
-"""A small network that many tests use."""
+"""Small models that many tests use."""
+
+from pathlib import Path
 
 import torch
+
+EMBEDDED = {"config": Path(__file__).parents[1] / "configs" / "emoji.yaml", "timestep_respacing": 2, "batch_size": 2}
+"""Flags of a run of the embedded model in two steps."""
 
 SMALL = {
     "image_size": 16,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ class Pipeline(Protocol):
     """What makes sample i, of any kind of model.
 
     name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
-    condition. num_steps: States of a trajectory.
+    condition. num_steps: States of a trajectory. samples_version: a change of the code after which sample i is
+    another raises it; samples of different versions do not share a folder.
     """
+
+    samples_version: ClassVar[int]
 
     config: RunConfig
     device: torch.device
@@ -43,6 +46,8 @@ class Pipeline(Protocol):
 @dataclass(frozen=True, eq=False)
 class ImagePipeline:
     """Everything that makes sample i, but i itself. side: of the images; condition_of: what sample i is made of."""
+
+    samples_version: ClassVar[int] = 1
 
     config: SamplingConfig
     side: int

@@ -66,7 +66,8 @@ def run(
     """
     config = pipeline.config
     key = f"run {next(_numbers)}"  # every rank makes the runs of a job in the same order
-    made_of = json.loads(job.share(f"{key}/identity", json.dumps(identity(settings)) if job.rank == 0 else ""))
+    made_of = identity(settings, pipeline.samples_version) if job.rank == 0 else {}
+    made_of = json.loads(job.share(f"{key}/identity", json.dumps(made_of)))
     folder = output_folder(pipeline, made_of)
     batch_size = chosen_batch_size(pipeline, folder, f"{key}/batch_size", job)
     store = SampleStore(
@@ -122,6 +123,9 @@ def run(
             about |= {"file": os.path.basename(store.samples_path), "samples_made_now": missing, "settings": settings}
             about["seconds"] = round(time.perf_counter() - started, 3)
             _write_rest(store, settings, about)
+            if config.png:
+                with exit_on_bad_input():
+                    _write_pngs(store, job, f"{key}/pngs", config.log_json)
             print(
                 f"{missing} samples in {about['seconds']:.1f} s ({pipeline.num_samples - missing} were there), "
                 f"{about['network_evaluations_per_sample']:g} network evaluations each: {store.samples_path}"
@@ -143,6 +147,17 @@ def _prepare(store: SampleStore, overwrite: bool, about: dict[str, Any], guidanc
     if there:
         sys.stderr.write(f"{there} of {len(store.shards)} shards are there already\n")
     return todo
+
+
+def _write_pngs(store: SampleStore, job: Job, counter: str, log_json: bool) -> None:
+    with ExitStack() as stack:
+
+        def begin(there: int) -> Callable[[int], None]:
+            progress = Progress(job, counter, store.num_samples, there, 1, log_json)
+            stack.callback(progress.close)
+            return progress.add
+
+        store.write_pngs(begin)
 
 
 def _write_rest(store: SampleStore, settings: dict[str, Any], about: dict[str, Any]) -> None:
