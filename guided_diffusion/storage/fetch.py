@@ -22,7 +22,7 @@ TIMEOUT_S = 60
 
 OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/"
 LICENCES = {
-    f"{OPENAI}jul-2021/": "none is named for the file; that of the code it belongs to, guided-diffusion, is MIT, and its "
+    f"{OPENAI}jul-2021/": "none is named for the file; that of the code it belongs to, guided-diffusion, is MIT; its "
     "model card asks for research use only",
     f"{OPENAI}march-2021/": "none is named for the file; that of the code it belongs to, improved-diffusion, is MIT",
 }
