@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
-EMBEDDED = {"config": Path(__file__).parents[1] / "configs" / "emoji.yaml", "timestep_respacing": 2, "batch_size": 2}
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+EMBEDDED = {"config": CONFIGS / "emoji.yaml", "timestep_respacing": 2, "batch_size": 2}
 """Flags of a run of the embedded model in two steps."""
 
 SMALL = {

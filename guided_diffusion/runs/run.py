@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import yaml
 
 from ..diffusion.samplers import State
@@ -20,40 +19,15 @@ from ..storage import pictures
 from ..storage.files import join, write_atomically
 from .batch_size import chosen_batch_size, memory_said
 from .identity import identity, output_folder, versions
-from .pipeline import Pipeline
+from .pipeline import Observer, Pipeline, make_shard
 from .progress import Progress, Signals
 from .ranks import Job
-from .sample_store import SampleStore, Shard, batches
+from .sample_store import SampleStore
 
 GRID_SAMPLES = 64
 
 
 _numbers = itertools.count()
-
-Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]
-"""Is shown every step of every batch: the samples' indices, the state, and the denoiser that knows the guidance."""
-
-
-def _make_shard(
-    pipeline: Pipeline,
-    indices: Sequence[int],
-    batch_size: int,
-    progress: Progress,
-    signals: Signals,
-    observe: Observer | None,
-) -> Shard:
-    images, labels, evaluations = [], [], 0.0
-    for batch in batches(indices, batch_size):
-        for state, guided in pipeline.trajectory(batch):
-            if observe:
-                observe(batch, state, guided)
-            progress.add(len(batch))
-            signals.stop_if_asked(shard_is_done=False)
-        images.append(pictures.to_uint8(pipeline.images(state.x)))
-        evaluations += guided.evaluations * len(batch) / len(indices)
-        if (y := state.prediction.condition.get("y")) is not None:
-            labels.append(y.cpu().numpy())
-    return Shard(np.concatenate(images), np.concatenate(labels) if labels else None, evaluations)
 
 
 def run(
@@ -104,10 +78,17 @@ def run(
             pipeline.num_steps,
             config.log_json,
         )
+
+        def watch(indices: Sequence[int], state: State, guided: GuidedDenoiser) -> None:
+            if observe:
+                observe(indices, state, guided)
+            progress.add(len(indices))
+            signals.stop_if_asked(shard_is_done=False)
+
         while (turn := job.add(f"{key}/turn") - 1) < len(todo):
             number = todo[turn]
             with memory_said(batch_size):
-                shard = _make_shard(pipeline, store.indices(number), batch_size, progress, signals, observe)
+                shard = make_shard(pipeline, store.indices(number), batch_size, watch)
             with exit_on_bad_input():
                 store.write(number, shard)
             job.add(f"{key}/done")
