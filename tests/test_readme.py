@@ -25,7 +25,9 @@ def run_blocks(document, count):
 
 def test_the_code_of_the_readme_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = run_blocks("README.md", 2)
+    names = run_blocks("README.md", 3)
+    assert names["images"].shape == names["unguided"].shape == (4, 32, 32, 3)
+    assert (names["images"] != names["unguided"]).any()
     assert names["samples"].shape == (2, 3, 32, 32)
     torch.testing.assert_close(names["score"].mean(dim=(1, 2)), torch.ones(2))
 
