@@ -143,8 +143,8 @@ class ImagePipeline:
 
         seed, labels: as the flags, labels also as a list of classes that is gone through again and again; by default
         what the configuration says. guidance: one Guidance, several, or none (None or ()) in the place of `guidances`;
-        a classifier's stays. device: where to compute this time; the networks go there and back, in their dtype.
-        A ValueError says what is wrong.
+        a classifier's stays. device: where to compute this time; the networks go there and back, in their dtype. Where
+        batch_size is auto, batches are of its default. A ValueError says what is wrong.
         """
         if n < 1:
             raise ValueError(f"n: wanted 1 or more, got {n}")
