@@ -47,17 +47,13 @@ def image_subject(configs: Sequence[Any], device: torch.device) -> Subject:
     """Of configurations of IMAGE_GROUPS. Known images have the condition of the samples of the same numbers."""
     prepared = image_run(configs, device)
     pipeline = prepared.pipeline
-
-    def condition(indices: Sequence[int]) -> Condition:
-        return {name: rows.to(device) for name, rows in pipeline.condition_of(indices).items()}
-
     return Subject(
         pipeline,
         attention_blocks(pipeline.network),
-        pipeline.diffusion.denoiser(pipeline.network, pipeline.config.clip_denoised),
+        pipeline.denoiser,
         pipeline.diffusion.process,
         lambda images: images,
-        condition,
+        pipeline.condition,
         configs[1].blur_sigma,
         prepared.guidance_line,
     )

@@ -20,7 +20,7 @@ from ..storage.files import join
 from .pipeline import Pipeline
 from .sample_store import settings_hash
 
-OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "grace", "log_json"}
+OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "png", "grace", "log_json"}
 """Settings that do not change any sample."""
 
 
@@ -58,15 +58,19 @@ def _file_hash(path: str) -> str:
         return digest.hexdigest()
 
 
-def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """What makes sample i what it is, and the cut into shards: settings, and the contents of the files they name."""
+def identity(settings: dict[str, Any], samples_version: int = 1) -> dict[str, Any]:
+    """What makes sample i what it is, and the cut into shards: settings, and the contents of the files they name.
+
+    samples_version: of the code that makes them (`Pipeline.samples_version`); the first does not count.
+    """
     kept = {
         key: value
         for key, value in settings.items()
         if key not in OF_THE_RUN and not (key in LATER and value == LATER[key])
     }
     files = [key for key in INPUT_FILES if kept.get(key) and (key != "sag_mask" or kept[key].endswith(".npz"))]
-    return kept | {key: _file_hash(kept[key]) for key in files}
+    version = {} if samples_version == 1 else {"samples_version": samples_version}
+    return kept | {key: _file_hash(kept[key]) for key in files} | version
 
 
 def output_folder(pipeline: Pipeline, made_of: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
-"""Samples on disk: shards, each written whole; a manifest; resuming; and the merge into one npz."""
+"""Samples on disk: shards, each written whole; a manifest; resuming; the merge into one npz, and PNGs."""
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -14,6 +16,7 @@ import blobfile as bf
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ..storage import pictures
 from ..storage.files import is_address, join, read_arrays, write_atomically
 
 
@@ -136,11 +139,13 @@ class SampleStore:
                     os.unlink(join(folder, name))
 
     def clear(self) -> None:
-        """Delete what an earlier run left: shards and manifest."""
+        """Delete what an earlier run left: shards, manifest and PNGs."""
         if bf.isdir(join(self.folder, "shards")):
             (bf.rmtree if is_address(self.folder) else shutil.rmtree)(join(self.folder, "shards"))
         if bf.exists(self.manifest_path):
             bf.remove(self.manifest_path)
+        for path in self._pngs():
+            bf.remove(path)
 
     def write_manifest(self, about: Mapping[str, Any]) -> None:
         """Write manifest.json: the identity, its hash, and what is known about the run."""
@@ -218,6 +223,34 @@ class SampleStore:
 
         write_atomically(self.samples_path, stream)
         return evaluations / self.num_samples
+
+    def png_path(self, index: int) -> str:
+        return join(self.folder, "images", f"{index:06d}.png")
+
+    def _pngs(self) -> list[str]:
+        """The pictures of samples that are there, of this run or another."""
+        folder = join(self.folder, "images")
+        names = sorted(bf.listdir(folder)) if bf.isdir(folder) else []
+        return [join(folder, name) for name in names if re.fullmatch(r"\d{6,}\.png", name)]
+
+    def write_pngs(self, begin: Callable[[int], Callable[[int], None]]) -> None:
+        """Leave every sample as a PNG of its own: those that are missing, and in the place of another run's.
+
+        begin: is told how many are there, and gives what is told of each new one.
+        """
+        there = set()
+        for path in self._pngs():
+            if pictures.maker_of_png(path) == self.hash:
+                there.add(path)
+            else:
+                bf.remove(path)
+        missing = [index for index in range(self.num_samples) if self.png_path(index) not in there]
+        written = begin(self.num_samples - len(missing))
+        for number, indices in itertools.groupby(missing, lambda index: index // self.shard_size):
+            images = self.read(number).images
+            for index in indices:
+                pictures.save_png(images[index - self.indices(number)[0]], self.png_path(index), made_by=self.hash)
+                written(1)
 
     def first(self, count: int) -> np.ndarray:
         """The first `count` samples, or all if there are fewer: uint8 [N, H, W, 3]."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -87,6 +87,8 @@ class LatentPipeline:
 
     guidances: beside classifier-free guidance, which is the configuration's.
     """
+
+    samples_version: ClassVar[int] = 1
 
     config: StableDiffusionConfig
     model: StableDiffusion

@@ -20,6 +20,14 @@ from .files import is_address
 CHUNK = 2**20
 TIMEOUT_S = 60
 
+OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/"
+LICENCES = {
+    f"{OPENAI}jul-2021/": "none is named for the file; that of the code it belongs to, guided-diffusion, is MIT; its "
+    "model card asks for research use only",
+    f"{OPENAI}march-2021/": "none is named for the file; that of the code it belongs to, improved-diffusion, is MIT",
+}
+"""What is known of the licence of published files, by how their addresses begin."""
+
 bf.configure(retry_limit=2, log_callback=lambda message: None)
 
 Source = tuple[BinaryIO, int, int | None]
@@ -106,6 +114,13 @@ def _open(path: str, offset: int) -> Source:
     raise ValueError(f"{path}: cannot be fetched ({reasons[-1]}); fetch it by hand and give its local path")
 
 
+def _terms(path: str, size: int | None) -> str:
+    """What is to be known of a file before it is fetched: its size, address and licence, a line each."""
+    licence = next((licence for beginning, licence in LICENCES.items() if path.startswith(beginning)), "not known here")
+    amount = "of unknown size" if size is None else f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return f"fetching {path} ({amount})\n  licence: {licence}\n"
+
+
 def _fetch(path: str, file: Path) -> None:
     part = file.with_name(f"{file.name}.part")
     offset = part.stat().st_size if part.exists() else 0
@@ -116,9 +131,8 @@ def _fetch(path: str, file: Path) -> None:
             raise
         # The part may be longer than a file that has changed since: begin again.
         stream, start, size = _open(path, 0)
+    sys.stderr.write(f"{_terms(path, size)}  to {file}\n")
     bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=file.name, dynamic_ncols=True, disable=None)
-    if bar.disable:
-        sys.stderr.write(f"fetching {path} to {file}\n")
     with stream, open(part, "r+b" if start else "wb") as target, bar:
         target.seek(start)
         target.truncate()
