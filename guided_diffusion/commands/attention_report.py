@@ -41,7 +41,7 @@ from ..guidance.blur import check_blur
 from ..networks.attention import Attends
 from ..runs.identity import versions
 from ..runs.pipeline import ImagePipeline
-from ..runs.prepare import IMAGE_GROUPS
+from ..runs.prepare import IMAGE_GROUPS, Configs
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, option, parse_args, parse_value
 from ..settings.stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
@@ -180,7 +180,9 @@ def main() -> None:
     config, *run_configs = parse_args(__doc__, (ReportConfig, *groups))
     job = start()
     with exit_on_bad_input():
-        subject = latent_subject(*run_configs, job.device) if latent else image_subject(run_configs, job.device)
+        subject = (
+            latent_subject(*run_configs, job.device) if latent else image_subject(Configs.of(run_configs), job.device)
+        )
         pipeline, count = subject.pipeline, subject.pipeline.num_steps
         if pipeline.config.batch_size is None:
             raise ValueError("batch_size: wanted a number here, got auto")

@@ -17,7 +17,7 @@ import numpy as np
 
 from evaluations.judge import Settings, judge
 
-from ..runs.prepare import IMAGE_GROUPS, image_run
+from ..runs.prepare import IMAGE_GROUPS, Configs, image_run
 from ..runs.ranks import Job, command
 from ..runs.run import run
 from ..settings.guidance import OtherGuidanceConfig
@@ -64,19 +64,23 @@ def described(result: dict[str, Any]) -> str:
 
 @command
 def main() -> None:
-    configs = parse_args(__doc__, IMAGE_GROUPS, default_config=str(CONFIG))
-    sampling, guidance_config, others, *about_model = configs
+    configs = Configs.of(parse_args(__doc__, IMAGE_GROUPS, default_config=str(CONFIG)))
+    sampling, sag = configs.sampling, configs.sag
     job = Job()
     out_dir = Path(sampling.out_dir or "runs/demo")
     # The masks are seen while samples are made, so none are taken over from an earlier run.
-    guided_config = replace(sampling, out_dir=str(out_dir / "guided"), overwrite=True)
-    unguided_config = replace(guided_config, out_dir=str(out_dir / "unguided"))
-    no_guidance = replace(guidance_config, guide_scale=1.0, sag_scale=None)
+    guided_configs = replace(configs, sampling=replace(sampling, out_dir=str(out_dir / "guided"), overwrite=True))
+    unguided_configs = replace(
+        configs,
+        sampling=replace(guided_configs.sampling, out_dir=str(out_dir / "unguided")),
+        sag=replace(sag, guide_scale=1.0, sag_scale=None),
+        others=OtherGuidanceConfig(),
+    )
     with exit_on_bad_input():
-        if guidance_config.scale == 0:
+        if sag.scale == 0:
             raise ValueError("sag_scale: the demo compares with guidance, give a strength other than 0")
-        with_guidance = image_run([guided_config, guidance_config, others, *about_model], job.device)
-        without = image_run([unguided_config, no_guidance, OtherGuidanceConfig(), *about_model], job.device)
+        with_guidance = image_run(guided_configs, job.device)
+        without = image_run(unguided_configs, job.device)
     side = with_guidance.pipeline.side
     masks = MaskCounter(with_guidance.pipeline.guidances[0], sampling.num_samples, side)
     store, unguided_run = run(without.pipeline, without.settings, without.guidance_line, job)
@@ -84,9 +88,9 @@ def main() -> None:
     store, guided_run = run(with_guidance.pipeline, with_guidance.settings, with_guidance.guidance_line, job, masks)
     guided = store.first(sampling.num_samples)
 
-    by_attention = guidance_config.sag_mask == "self-attention"
-    mask = "attention" if by_attention else Path(guidance_config.sag_mask).stem
-    chooser = guidance_config.block_name if by_attention else f"the {mask} mask"
+    by_attention = sag.sag_mask == "self-attention"
+    mask = "attention" if by_attention else Path(sag.sag_mask).stem
+    chooser = sag.block_name if by_attention else f"the {mask} mask"
     steps = with_guidance.pipeline.diffusion.num_timesteps
     pictures.save_png(pictures.comparison(unguided, masks.share, guided, mask), out_dir / "comparison.png")
     change = np.abs(unguided.astype(float) - guided).mean()

@@ -26,7 +26,7 @@ from evaluations.ranks import start as start_ranks
 
 from ..guidance.base import evaluations
 from ..runs.identity import versions
-from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Prepared, classifier_run, image_run
+from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Configs, Prepared, image_run
 from ..runs.ranks import Job, command, start
 from ..runs.run import run
 from ..settings.options import BadInput, parse_args, read_yaml
@@ -77,11 +77,9 @@ def flags(row: Row, args: argparse.Namespace, folder: Path) -> list[str]:
 
 def prepare(row: Row, argv: list[str], device: torch.device, weights: bool = True) -> Prepared:
     """What the row's sampling script would run; a ValueError says why it cannot."""
-    groups, build = (
-        (CLASSIFIER_GROUPS, classifier_run) if row.script == "classifier_sample" else (IMAGE_GROUPS, image_run)
-    )
+    groups = CLASSIFIER_GROUPS if row.script == "classifier_sample" else IMAGE_GROUPS
     try:
-        return build(parse_args("", groups, argv), device, weights)
+        return image_run(Configs.of(parse_args("", groups, argv)), device, weights)
     except BadInput as refusal:
         raise ValueError(refusal.message) from None
 

@@ -3,16 +3,17 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import re
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +21,8 @@ from ..settings.options import BadInput
 
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 """What mpiexec sets; without one of them MPI is not even loaded."""
+
+T = TypeVar("T")
 
 TORCHRUN_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 
@@ -67,6 +70,18 @@ class Job:
             time.sleep(POLL_S)
         return self.store.get(key).decode()
 
+    def turns(self, key: str, todo: Sequence[T], wait: Callable[[], None]) -> Iterator[T]:
+        """Of what is to do, one thing after the other for whichever rank is free.
+
+        Rank 0 ends when all of it is done, and calls `wait` until then.
+        """
+        while (turn := self.add(f"{key}/turn") - 1) < len(todo):
+            yield todo[turn]
+            self.add(f"{key}/done")
+        while self.rank == 0 and self.add(f"{key}/done", 0) < len(todo):
+            time.sleep(POLL_S)
+            wait()
+
     def leave_together(self, key: str) -> None:
         """Hold the other ranks until rank 0 is here, and rank 0, which keeps the store, until the others have left."""
         self.share(key)
@@ -85,6 +100,12 @@ class Job:
 
 
 _mpi: Any = None
+_works = itertools.count()
+
+
+def new_key(work: str) -> str:
+    """How the counters and texts of a piece of work begin; every rank starts a job's works in the same order."""
+    return f"{work} {next(_works)}"
 
 
 def start() -> Job:
