@@ -93,7 +93,7 @@ def decided(ranks):
         job = ranks.start()
         who = job.rank, job.size, job.local_rank
     except (BadInput, of_evaluations.BadInputError) as error:
-        who = getattr(error, "message", str(error))
+        who = getattr(error, "message", str(error)).partition(";")[0]  # what to do about it, each says its own way
     return ranks.launcher(), ranks.rank_told(), who
 
 
