@@ -38,7 +38,7 @@ from evaluations.neighbours import BLOCK, Distances, neighbours
 from ..networks.attention import TokenLinear
 from ..networks.unet import AttentionBlock
 from ..runs.pipeline import ImagePipeline
-from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, classifier_run, image_run
+from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Configs, image_run
 from ..runs.ranks import command, start
 from ..runs.sample_store import SampleStore, Shard
 from ..runs.timing import in_turns, medians, peak_bytes, seconds
@@ -91,8 +91,8 @@ def pipeline_of(argv: list[str], path: str, weights: bool) -> ImagePipeline:
         device = start().device
     else:  # without start, which tunes the allocator
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    groups, build = (CLASSIFIER_GROUPS, classifier_run) if CLASSIFIER[1] in argv else (IMAGE_GROUPS, image_run)
-    pipeline = build(parse_args("", groups, argv), device, weights).pipeline
+    groups = CLASSIFIER_GROUPS if CLASSIFIER[1] in argv else IMAGE_GROUPS
+    pipeline = image_run(Configs.of(parse_args("", groups, argv)), device, weights).pipeline
     if path == "plain":
         plain(pipeline.network)
     return pipeline

@@ -1,9 +1,11 @@
 """What makes samples what they are: the identity of a run, its folder, and the versions that made it."""
 
 import hashlib
+import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,10 @@ from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults
 from ..settings.sampling import SamplingConfig
 from ..storage.fetch import local_path
-from ..storage.files import join
+from ..storage.files import join, sha256
 from .pipeline import Pipeline
-from .sample_store import settings_hash
 
-OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "png", "grace", "log_json"}
+OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "png", "grace", "log_json", "json"}
 """Settings that do not change any sample."""
 
 
@@ -46,16 +47,17 @@ LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, Clas
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
 
 
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def _file_hash(path: str) -> str:
     if os.path.isdir(path):
         # A model's parts are one folder each; what else lies in its folder is not read.
         files = sorted(file for file in Path(path).glob("*/*") if file.suffix in IN_MODELS)
         return settings_hash({str(file.relative_to(path)): _file_hash(str(file)) for file in files})
-    with open(local_path(path), "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-        return digest.hexdigest()
+    return sha256(local_path(path))
 
 
 def identity(settings: dict[str, Any], samples_version: int = 1) -> dict[str, Any]:

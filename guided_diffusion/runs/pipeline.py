@@ -45,6 +45,7 @@ class Pipeline(Protocol):
     shape: tuple[int, int, int]
     labelled: bool
     num_steps: int
+    guidances: Sequence[Guidance]
 
     def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
         """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import blobfile as bf
 import torch
@@ -46,7 +46,7 @@ def load(*configs: str | Path, device: torch.device | str | None = None, **setti
     GPU, where there is one. Published weights are fetched on first use. A ValueError says what is wrong.
     """
     read = configure(CLASSIFIER_GROUPS, [_file(str(config)) for config in configs], ("load", settings))
-    return classifier_run(read, Job().device if device is None else torch.device(device)).pipeline
+    return image_run(Configs.of(read), Job().device if device is None else torch.device(device)).pipeline
 
 
 def _file(config: str) -> str:
@@ -55,6 +55,29 @@ def _file(config: str) -> str:
     if named.is_file():
         return str(named)
     return join(config, "config.yaml") if bf.isdir(config) else config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configs:
+    """The settings of image_sample.py by what they are of, or of classifier_sample.py, with the classifier's two."""
+
+    sampling: SamplingConfig
+    sag: GuidanceConfig
+    others: OtherGuidanceConfig
+    by_classifier: ClassifierGuidanceConfig | None = None
+    network: NetworkConfig
+    diffusion: DiffusionConfig
+    classifier: ClassifierConfig | None = None
+
+    @classmethod
+    def of(cls, configs: Sequence[Any]) -> "Configs":
+        """Of configurations of IMAGE_GROUPS or CLASSIFIER_GROUPS, which are told by their types."""
+        kinds = get_type_hints(cls)
+        return cls(**{name: config for config in configs for name in kinds if isinstance(config, kinds[name])})
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as one flat dict."""
+        return resolved(*filter(None, vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,78 +89,52 @@ class Prepared:
     guidance_line: str
 
 
-def image_run(configs: Sequence[Any], device: torch.device, weights: bool = True) -> Prepared:
-    """From configurations of IMAGE_GROUPS; a ValueError says which of them is wrong.
+def image_run(configs: Configs, device: torch.device, weights: bool = True) -> Prepared:
+    """From settings to a run, with a classifier's gradient where they ask for it; a ValueError says which is wrong.
 
-    weights: read them; if not, the network is filled at random.
+    weights: read them; if not, the networks are filled at random.
     """
-    sampling, guidance, others, network_config, diffusion_config = configs
-    diffusion = build_diffusion(diffusion_config)
+    about, by_classifier = configs.network, configs.by_classifier
+    diffusion = build_diffusion(configs.diffusion)
     with unfilled():
-        network = build_network(network_config, diffusion_config.learn_sigma)
-    guidances = guidances_of(guidance, others, network, network_config, sampling.labels)
-    condition_of = unconditional
-    if network_config.class_cond:
-        condition_of = Classes(network_config.num_classes, network_config.null_label)
-    condition_of(sampling, [0])  # what is wrong with labels is said before weights are read
-    if weights:
-        fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
-    else:
-        fill_at_random(network, device)
-    make_ready(network, network_config.use_fp16, sampling.compile)
-    pipeline = ImagePipeline(sampling, network_config.image_size, network, diffusion, device, condition_of, guidances)
-    line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
-    return Prepared(pipeline, resolved(*configs), line)
-
-
-def _classifier_gradient(
-    config: ClassifierConfig,
-    guidance: ClassifierGuidanceConfig,
-    network: NetworkConfig,
-    device: torch.device,
-    weights: bool,
-) -> Callable[..., Tensor]:
-    with unfilled():
-        classifier = build_classifier(network.image_size, config, network.num_classes)
-    if weights:
-        explain = partial(wrong_flags, network=config, image_size=network.image_size)
-        load_into(classifier, guidance.classifier_path, device, explain)
-    else:
-        fill_at_random(classifier, device)
-    make_ready(classifier, config.classifier_use_fp16)
-    return ClassifierGradient(classifier, guidance.classifier_scale)
-
-
-def classifier_run(configs: Sequence[Any], device: torch.device, weights: bool = True) -> Prepared:
-    """As `image_run`, from configurations of CLASSIFIER_GROUPS."""
-    sampling, guidance, others, by_classifier, network_config, diffusion_config, classifier_config = configs
-    diffusion = build_diffusion(diffusion_config)
-    with unfilled():
-        network = build_network(network_config, diffusion_config.learn_sigma)
-    guidances = guidances_of(guidance, others, network, network_config, sampling.labels)
+        network = build_network(about, configs.diffusion.learn_sigma)
+    guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)
+    line = describe_guidance(configs.sag, configs.others, guidances, diffusion.num_timesteps)
     condition_of, cond_fn = unconditional, None
-    if by_classifier.on:
-        cond_fn = _classifier_gradient(classifier_config, by_classifier, network_config, device, weights)
-    if network_config.class_cond or cond_fn:
-        has_null = network_config.class_cond and network_config.null_label and not cond_fn
-        condition_of = Classes(network_config.num_classes, has_null)
-    condition_of(sampling, [0])
+    if by_classifier:
+        line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if by_classifier.on else 'off'}"
+        cond_fn = _classifier_gradient(configs, device, weights) if by_classifier.on else None
+    if about.class_cond or cond_fn:
+        has_null = about.class_cond and about.null_label and not cond_fn
+        condition_of = Classes(about.num_classes, has_null)
+    condition_of(configs.sampling, [0])  # what is wrong with labels is said before weights are read
     if weights:
-        fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+        fill(network, configs.sampling.model_path, about, configs.diffusion.learn_sigma, device)
     else:
         fill_at_random(network, device)
-    make_ready(network, network_config.use_fp16, sampling.compile)
+    make_ready(network, about.use_fp16, configs.sampling.compile)
     pipeline = ImagePipeline(
-        sampling,
-        network_config.image_size,
+        configs.sampling,
+        about.image_size,
         network,
         diffusion,
         device,
         condition_of,
         guidances,
         cond_fn,
-        conditional=network_config.class_cond,
+        conditional=about.class_cond,
     )
-    line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
-    line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if cond_fn else 'off'}"
-    return Prepared(pipeline, resolved(*configs), line)
+    return Prepared(pipeline, configs.resolved(), line)
+
+
+def _classifier_gradient(configs: Configs, device: torch.device, weights: bool) -> Callable[..., Tensor]:
+    network, config = configs.network, configs.classifier
+    with unfilled():
+        classifier = build_classifier(network.image_size, config, network.num_classes)
+    if weights:
+        explain = partial(wrong_flags, network=config, image_size=network.image_size)
+        load_into(classifier, configs.by_classifier.classifier_path, device, explain)
+    else:
+        fill_at_random(classifier, device)
+    make_ready(classifier, config.classifier_use_fp16)
+    return ClassifierGradient(classifier, configs.by_classifier.classifier_scale)

@@ -1,6 +1,5 @@
 """A sampling run: shards over the ranks, progress, signals, and the files it leaves."""
 
-import itertools
 import json
 import math
 import os
@@ -21,13 +20,10 @@ from .batch_size import chosen_batch_size, memory_said
 from .identity import identity, output_folder, versions
 from .pipeline import Observer, Pipeline, make_shard
 from .progress import Progress, Signals
-from .ranks import Job
+from .ranks import Job, new_key
 from .sample_store import SampleStore
 
 GRID_SAMPLES = 64
-
-
-_numbers = itertools.count()
 
 
 def run(
@@ -39,7 +35,7 @@ def run(
     resolved settings), manifest.json and the shards.
     """
     config = pipeline.config
-    key = f"run {next(_numbers)}"  # every rank makes the runs of a job in the same order
+    key = new_key("run")
     made_of = identity(settings, pipeline.samples_version) if job.rank == 0 else {}
     made_of = json.loads(job.share(f"{key}/identity", json.dumps(made_of)))
     folder = output_folder(pipeline, made_of)
@@ -85,17 +81,15 @@ def run(
             progress.add(len(indices))
             signals.stop_if_asked(shard_is_done=False)
 
-        while (turn := job.add(f"{key}/turn") - 1) < len(todo):
-            number = todo[turn]
+        def wait() -> None:
+            progress.add(0)
+            signals.stop_if_asked(shard_is_done=True)
+
+        for number in job.turns(key, todo, wait):
             with memory_said(batch_size):
                 shard = make_shard(pipeline, store.indices(number), batch_size, watch)
             with exit_on_bad_input():
                 store.write(number, shard)
-            job.add(f"{key}/done")
-            signals.stop_if_asked(shard_is_done=True)
-        while job.rank == 0 and job.add(f"{key}/done", 0) < len(todo):
-            time.sleep(0.1)
-            progress.add(0)
             signals.stop_if_asked(shard_is_done=True)
         progress.close()
         if job.rank == 0:

@@ -83,7 +83,7 @@ def _picture(key: str, path: str, size: tuple[int, int], mode: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LatentPipeline:
-    """Everything that makes sample i, but i itself (`run.Pipeline`); a ValueError where settings and model clash.
+    """Everything that makes sample i, but i itself (`runs.pipeline.Pipeline`); a ValueError where they clash.
 
     guidances: beside classifier-free guidance, which is the configuration's.
     """

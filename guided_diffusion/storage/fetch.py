@@ -1,6 +1,5 @@
 """Files by address: fetched once into a cache, resumed after a break, their hash checked from then on."""
 
-import hashlib
 import http.client
 import json
 import os
@@ -15,7 +14,7 @@ import blobfile as bf
 from filelock import FileLock
 from tqdm import tqdm
 
-from .files import is_address
+from .files import is_address, sha256
 
 CHUNK = 2**20
 TIMEOUT_S = 60
@@ -65,20 +64,12 @@ def local_path(path: str) -> Path:
     return file
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check(file: Path) -> None:
     record = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))
     again = f"delete {file} to fetch it again from {record['address']}"
     if file.stat().st_size != record["size"]:
         raise ValueError(f"{file}: wanted {record['size']} bytes, got {file.stat().st_size}; {again}")
-    if _sha256(file) != record["sha256"]:
+    if sha256(file) != record["sha256"]:
         raise ValueError(f"{file}: its SHA-256 is no longer that of the file that was fetched; {again}")
 
 
@@ -147,6 +138,6 @@ def _fetch(path: str, file: Path) -> None:
         got = target.tell()
     if size is not None and got != size:
         raise ValueError(f"{path}: broke off at {got} of {size} bytes; the same command goes on from there")
-    record = {"address": path, "size": got, "sha256": _sha256(part)}
+    record = {"address": path, "size": got, "sha256": sha256(part)}
     file.with_name(f"{file.name}.json").write_text(json.dumps(record), encoding="utf-8")
     os.replace(part, file)

@@ -2,10 +2,9 @@
 
 import pytest
 
-from guided_diffusion.runs.identity import identity
+from guided_diffusion.runs.identity import identity, settings_hash
 from guided_diffusion.runs.pipeline import ImagePipeline
 from guided_diffusion.runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS
-from guided_diffusion.runs.sample_store import settings_hash
 from guided_diffusion.settings.options import merge, parse_args, resolved
 from guided_diffusion.stable_diffusion.sampling import LatentPipeline
 from running import refused, run
