@@ -1,11 +1,8 @@
 """What makes samples what they are: the identity of a run, its folder, and the versions that made it."""
 
-import hashlib
-import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from ..settings.sampling import SamplingConfig
 from ..storage.fetch import local_path
 from ..storage.files import join, sha256
 from .pipeline import Pipeline
+from .shards import settings_hash
 
 OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "png", "grace", "log_json", "json"}
 """Settings that do not change any sample."""
@@ -45,11 +43,6 @@ IN_MODELS = (".json", ".txt", ".safetensors")
 
 LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig)
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of settings, whatever their order."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _file_hash(path: str) -> str:

@@ -15,10 +15,14 @@ from filelock import FileLock, Timeout
 from numpy.typing import DTypeLike, NDArray
 
 from ..storage.files import is_address, join, read_arrays, write_atomically
-from .identity import settings_hash
 
 Arrays = Mapping[str, NDArray]
 """The arrays of a shard by their names, a row for each of its samples."""
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 class DamagedError(ValueError):
