@@ -41,10 +41,9 @@ def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
 def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, Tensor]]) -> Groups:
     """The parameters cut into vectors (and numbers) and matrices (and more)."""
     named = list(named_model_params)
-    return [
-        ([item for item in named if item[1].ndim <= 1], -1),
-        ([item for item in named if item[1].ndim > 1], (1, -1)),
-    ]
+    vectors = [(name, param) for name, param in named if param.ndim <= 1]
+    matrices = [(name, param) for name, param in named if param.ndim > 1]
+    return [(vectors, -1), (matrices, (1, -1))]
 
 
 def _flat(tensors: Iterable[Tensor], shape: int | tuple[int, int]) -> Tensor:

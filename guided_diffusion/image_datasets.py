@@ -41,9 +41,8 @@ def load_data(
         random_flip=random_flip,
     )
     if len(dataset) < batch_size:
-        raise ValueError(
-            f"data_dir: rank {rank} of {size} has {len(dataset)} images, fewer than a batch of {batch_size}"
-        )
+        own = f"{len(dataset)} images for rank {rank} of {size}"
+        raise ValueError(f"data_dir: {own} are fewer than a batch of {batch_size}")
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=not deterministic, num_workers=1, drop_last=True)
     return (batch for _ in iter(int, 1) for batch in loader)
 

@@ -1,7 +1,8 @@
 """guided-diffusion's schedule samplers: which timesteps a batch looks at, drawn from numpy's global generator."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,11 @@ class LossAwareSampler(ScheduleSampler):
         if dist.is_initialized() and dist.get_world_size() > 1:
             found *= dist.get_world_size()
             dist.all_gather_object(found, found[0])
-        self.update_with_all_losses(
-            [t for ts, _ in found for t in ts], [loss for _, losses in found for loss in losses]
-        )
+        ts, losses = (list(chain(*column)) for column in zip(*found, strict=True))
+        self.update_with_all_losses(ts, losses)
 
     @abstractmethod
-    def update_with_all_losses(self, ts: Iterable[int], losses: Iterable[float]) -> None:
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         """Learn from the losses at timesteps, the same on all ranks."""
 
 
@@ -75,7 +75,7 @@ class LossSecondMomentResampler(LossAwareSampler):
     def weights(self) -> np.ndarray:
         return self._sampler.probabilities().numpy()
 
-    def update_with_all_losses(self, ts: Iterable[int], losses: Iterable[float]) -> None:
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         self._sampler.update(torch.tensor(ts), torch.tensor(losses, dtype=torch.float64))
 
     def _warmed_up(self) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -82,7 +81,7 @@ class TrainLoop:
         if checkpoint:
             self.resume_step = parse_resume_step_from_filename(checkpoint)
             if dist.get_rank() == 0:
-                logger.log(f"loading model from checkpoint: {checkpoint}...")
+                logger.log(f"{checkpoint}: going on at step {self.resume_step}")
                 self.model.load_state_dict(dist_util.load_state_dict(checkpoint, map_location=dist_util.dev()))
         dist_util.sync_params(self.model.parameters())
 
@@ -90,7 +89,7 @@ class TrainLoop:
         params = copy.deepcopy(self.mp_trainer.master_params)
         checkpoint = find_ema_checkpoint(self._resumed(), self.resume_step, rate)
         if checkpoint and dist.get_rank() == 0:
-            logger.log(f"loading EMA from checkpoint: {checkpoint}...")
+            logger.log(f"{checkpoint}: going on with this moving average")
             state = dist_util.load_state_dict(checkpoint, map_location=dist_util.dev())
             params = self.mp_trainer.state_dict_to_master_params(state)
         dist_util.sync_params(params)
@@ -99,7 +98,7 @@ class TrainLoop:
     def _load_optimizer_state(self) -> None:
         checkpoint = beside(self._resumed(), f"opt{self.resume_step:06}.pt")
         if checkpoint:
-            logger.log(f"loading optimizer state from checkpoint: {checkpoint}")
+            logger.log(f"{checkpoint}: going on with this optimizer")
             self.opt.load_state_dict(dist_util.load_state_dict(checkpoint, map_location=dist_util.dev()))
 
     def _resumed(self) -> str:
@@ -162,17 +161,18 @@ class TrainLoop:
 
     def save(self) -> None:
         """Write modelSTEP.pt, ema_RATE_STEP.pt and optSTEP.pt, each atomically, on rank 0; all ranks wait for it."""
-        step = f"{self.step + self.resume_step:06d}"
         if dist.get_rank() == 0:
-            named = {f"model{step}.pt": self.mp_trainer.master_params}
-            named |= {
-                f"ema_{rate}_{step}.pt": params for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
-            }
-            for name, params in named.items():
-                logger.log(f"saving {name}...")
-                save_atomically(self.mp_trainer.master_params_to_state_dict(params), join(get_blob_logdir(), name))
-            save_atomically(self.opt.state_dict(), join(get_blob_logdir(), f"opt{step}.pt"))
+            step = f"{self.step + self.resume_step:06d}"
+            params = {"model": self.mp_trainer.master_params}
+            params |= {f"ema_{rate}_": average for rate, average in zip(self.ema_rate, self.ema_params, strict=True)}
+            for kind in params:
+                self._write(f"{kind}{step}.pt", self.mp_trainer.master_params_to_state_dict(params[kind]))
+            self._write(f"opt{step}.pt", self.opt.state_dict())
         dist.barrier()
+
+    def _write(self, name: str, state: Any) -> None:
+        logger.log(f"saving {name}")
+        save_atomically(state, join(get_blob_logdir(), name))
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
@@ -202,4 +202,4 @@ def log_loss_dict(diffusion: Any, ts: Tensor, losses: dict[str, Tensor]) -> None
     for name, values in losses.items():
         logger.logkv_mean(name, values.mean().item())
         for t, value in zip(ts.tolist(), values.tolist(), strict=True):
-            logger.logkv_mean(f"{name}_q{4 * t // diffusion.num_timesteps}", value)
+            logger.logkv_mean(f"{name}_q{int(4 * t / diffusion.num_timesteps)}", value)
