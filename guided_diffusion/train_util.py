@@ -163,11 +163,11 @@ class TrainLoop:
         """Write modelSTEP.pt, ema_RATE_STEP.pt and optSTEP.pt, each atomically, on rank 0; all ranks wait for it."""
         if dist.get_rank() == 0:
             step = f"{self.step + self.resume_step:06d}"
-            params = {"model": self.mp_trainer.master_params}
-            params |= {f"ema_{rate}_": average for rate, average in zip(self.ema_rate, self.ema_params, strict=True)}
-            for kind in params:
-                self._write(f"{kind}{step}.pt", self.mp_trainer.master_params_to_state_dict(params[kind]))
             self._write(f"opt{step}.pt", self.opt.state_dict())
+            for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+                self._write(f"ema_{rate}_{step}.pt", self.mp_trainer.master_params_to_state_dict(params))
+            # Last, so that whoever goes on from it finds the others.
+            self._write(f"model{step}.pt", self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params))
         dist.barrier()
 
     def _write(self, name: str, state: Any) -> None:
