@@ -21,7 +21,7 @@ from golden import fill, normal
 from guided_diffusion import dist_util, fp16_util, image_datasets, logger, resample, script_util, train_util
 
 FLAGS = {
-    "image_size": 32, "num_channels": 64, "num_res_blocks": 1, "channel_mult": "1,1", "attention_resolutions": "16",
+    "image_size": 16, "num_channels": 64, "num_res_blocks": 1, "channel_mult": "1,1", "attention_resolutions": "8",
     "num_heads": 2, "learn_sigma": True, "diffusion_steps": 100, "timestep_respacing": "10",
 }  # fmt: skip
 COLUMNS = ("step", "samples", "loss", "mse", "vb", "grad_norm", "param_norm")
@@ -36,19 +36,15 @@ def seed(number):
 def batches(first=0):
     """Endless batches of four images."""
     while True:
-        yield torch.from_numpy(np.random.RandomState(first).uniform(-1, 1, (4, 3, 32, 32)).astype(np.float32)), {}
+        yield torch.from_numpy(np.random.RandomState(first).uniform(-1, 1, (4, 3, 16, 16)).astype(np.float32)), {}
         first += 1
 
 
-def summary(network, values):
+def summary(network, state):
     """Of parameters that `fill` began with: their norm, and the product of their change with numbers of their names."""
     # A key's bias has no gradient but rounding, which Adam makes as large as any.
     start = fill(copy.deepcopy(network)).state_dict()
-    named = {
-        name: value.detach().double()
-        for (name, _), value in zip(network.named_parameters(), values, strict=True)
-        if "qkv.bias" not in name
-    }
+    named = {name: state[name].detach().double() for name, _ in network.named_parameters() if "qkv.bias" not in name}
     norm = sum(float(value.square().sum()) for value in named.values()) ** 0.5
     numbers = {name: normal(zlib.crc32(name.encode()) ^ 1, *value.shape) for name, value in named.items()}
     return [norm, sum(float(((value - start[name]) * numbers[name]).sum()) for name, value in named.items())]
@@ -84,8 +80,8 @@ def train(folder, steps, data=None, resume_checkpoint="", loop_class=None, **set
     for path in Path(logger.get_dir()).glob("progress*.json"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         found["log"] = np.array([[line[name] for name in COLUMNS] for line in lines])
-    parameters = [loop.mp_trainer.master_params, *loop.ema_params]
-    found["parameters"] = np.array([summary(network, values) for values in parameters])
+    states = map(loop.mp_trainer.master_params_to_state_dict, [loop.mp_trainer.master_params, *loop.ema_params])
+    found["parameters"] = np.array([summary(network, state) for state in states])
     return found
 
 
