@@ -29,7 +29,8 @@ CLIENT = """
         layers[-1].weight.data = layers[-1].weight.data.t().contiguous().t()  # not contiguous
         dist_util.sync_params(layers[-1].parameters())
     dist.barrier()
-    sums = [round(float((p * torch.arange(p.numel()).view(p.shape)).sum()), 4) for l in layers for p in l.parameters()]
+    parameters = [p.detach() for layer in layers for p in layer.parameters()]
+    sums = [round(float((p * torch.arange(p.numel()).view(p.shape)).sum()), 4) for p in parameters]
     text = " ".join(map(str, [dist.get_world_size(), torch.cat(found).tolist(), sums, *dist_util.place()]))
     with open(f"{FOLDER}/{rank}.txt", "w") as file:
         file.write(text)
@@ -47,14 +48,14 @@ def sums_of_rank_0():
     for outputs in (2, 5):
         torch.manual_seed(10 * outputs)
         for p in torch.nn.Linear(3, outputs).parameters():
-            found.append(round(float((p * torch.arange(p.numel()).view(p.shape)).sum().detach()), 4))
+            found.append(round(float((p * torch.arange(p.numel()).view(p.shape)).detach().sum()), 4))
     return found
 
 
 def launched(how, folder):
     if how == "mpiexec":
         return mpiexec(2, [script(folder, CLIENT)])
-    ranks = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"] if how == "torchrun" else []
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if how == "torchrun" else []
     return subprocess.Popen(
         [sys.executable, *ranks, script(folder, CLIENT)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
