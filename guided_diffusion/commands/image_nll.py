@@ -35,9 +35,7 @@ def main() -> None:
     job = start()
     with exit_on_bad_input():
         diffusion = build_diffusion(diffusion_config)
-        images = ImageFolder(
-            likelihood.data_dir, network_config.image_size, network_config.class_cond, crop=False, flip=False
-        )
+        images = ImageFolder(likelihood.data_dir, network_config.image_size, network_config.class_cond)
         if len(images.class_names) > network_config.num_classes:
             raise ValueError(
                 f"num_classes: {network_config.num_classes}, but data_dir has {len(images.class_names)} classes"

@@ -1,7 +1,7 @@
 """Plans: each row is the run that it says, its published numbers are the paper's, and a wrong file is refused."""
 
 import functools
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ from guided_diffusion.guidance.building import guidances_of
 from guided_diffusion.networks.building import build_classifier, build_network
 from guided_diffusion.settings.options import parse_args
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
-from running import SCRIPTS
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published.json").read_text())
 OURS = ("demo", "solvers")  # of the embedded model
@@ -32,10 +31,7 @@ ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_bat
 
 @functools.cache
 def script(name):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"guided_diffusion.commands.{name}")
 
 
 class ParsedError(Exception):
