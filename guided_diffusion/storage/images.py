@@ -31,7 +31,7 @@ def list_image_files(data_dir: str) -> list[Path]:
     if not Path(data_dir).is_dir():
         raise ValueError(f"data_dir: no such folder {data_dir!r}")
     walk = os.walk(data_dir, followlinks=True)
-    paths = (Path(folder, name) for folder, _, names in walk for name in names)
+    paths = (Path(folder, name) for folder, folders, names in walk for name in (*folders, *names))
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"data_dir: no image file below {data_dir!r}")

@@ -27,7 +27,10 @@ class UniformSampler:
 class LossSecondMomentSampler:
     """Steps with probability ∝ √E[L_t²] over each step's last losses, mixed with a little uniform; 1/p weights."""
 
-    def __init__(self, num_timesteps: int, history: int = 10, uniform_share: float = 0.001):
+    HISTORY = 10
+    UNIFORM_SHARE = 0.001
+
+    def __init__(self, num_timesteps: int, history: int = HISTORY, uniform_share: float = UNIFORM_SHARE):
         self.num_timesteps, self.uniform_share = num_timesteps, uniform_share
         self.losses = torch.zeros(num_timesteps, history, dtype=torch.float64)
         self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
