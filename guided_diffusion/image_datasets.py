@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import dist_util
+from .storage.fetch import local_path
 from .storage.images import center_crop, class_indices, list_image_files, read_picture, scaled, shrink
 
 
@@ -74,7 +75,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, Any]]:
         crop = random_crop_arr if self.random_crop else center_crop_arr
-        pixels = read_picture(Path(self.local_images[idx]), lambda image: crop(image, self.resolution))
+        pixels = read_picture(local_path(self.local_images[idx]), lambda image: crop(image, self.resolution))
         if self.random_flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
         condition = {} if self.local_classes is None else {"y": np.int64(self.local_classes[idx])}

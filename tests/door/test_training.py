@@ -13,6 +13,7 @@ from golden import DATA, fill, normal
 from guided_diffusion import fp16_util, image_datasets, logger, train_util
 from guided_diffusion.resample import LossAwareSampler, LossSecondMomentResampler, ScheduleSampler
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.training import resume
 from running import mpiexec
 
 EXACT = {"t", "labels", "images", "drawn"}
@@ -195,6 +196,17 @@ def test_an_average_is_found_beside_its_model(tmp_path, monkeypatch):
     assert train_util.find_ema_checkpoint("", 12, 0.9) is None
     monkeypatch.chdir(tmp_path)
     assert train_util.find_ema_checkpoint("model000012.pt", 12, 0.9) == "ema_0.9_000012.pt"
+
+
+def test_an_average_is_looked_for_in_a_bucket_and_not_on_a_web_server(monkeypatch):
+    there = {"gs://bucket/run/ema_0.9_000012.pt"}
+    monkeypatch.setattr(resume.bf, "exists", lambda path: path in there)
+    assert [train_util.find_ema_checkpoint("gs://bucket/run/model000012.pt", 12, rate) for rate in (0.9, 0.99)] == [
+        *there,
+        None,
+    ]
+    monkeypatch.setattr(resume.bf, "exists", lambda path: pytest.fail(path))
+    assert train_util.find_ema_checkpoint("https://a.b/run/model000012.pt", 12, 0.9) is None
 
 
 def test_losses_are_logged_by_quarter_of_the_timesteps(tmp_path):
