@@ -95,7 +95,7 @@ def start() -> Ranks:
         except (ImportError, RuntimeError) as error:
             raise BadInputError(
                 f"started by an MPI launcher, but MPI cannot be loaded ({' '.join(str(error).split())}); pip install "
-                "'.[mpi]', or mpi4py built for the cluster's MPI"
+                "mpi4py mpich, or mpi4py built for the cluster's MPI"
             ) from None
     return Ranks()
 

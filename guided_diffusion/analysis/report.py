@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..settings.shipped import how_to_install
 from ..tables import page, report
 
 Results = Mapping[str, Any]
@@ -210,5 +211,7 @@ def html(results: Results, look_through: str) -> str:
             try:
                 parts.append(curves(results["study"]))
             except ImportError:
-                parts.append(page.paragraph("No curve here: it needs matplotlib, pip install '.[report]'.", note=True))
+                parts.append(
+                    page.paragraph(f"No curve here: it needs matplotlib, {how_to_install('report')}.", note=True)
+                )
     return page.page(results["title"], *parts)

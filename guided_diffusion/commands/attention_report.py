@@ -5,12 +5,12 @@ content (--data_dir) and measures which frequencies and, with --object_masks, wh
 --out_dir (default runs/attention): report.html (one page to look through steps, blocks and ψ), report.md,
 attention.json, and for each sample strips/NUMBER.png and animations/NUMBER.webp. The embedded model:
 
-  python scripts/attention_report.py --config configs/emoji.yaml --data_dir configs/models/emoji32_train.npz \\
+  python scripts/attention_report.py --config emoji --data_dir configs/models/emoji32_train.npz \\
       --object_masks configs/models/emoji32_masks.npz --known_images 371
 
 A model of yours, to choose --sag_block and --blur_sigma by:
 
-  python scripts/attention_report.py --config configs/adm_imagenet128_cond.yaml --num_samples 8 --data_dir PICTURES
+  python scripts/attention_report.py --config adm_imagenet128_cond --num_samples 8 --data_dir PICTURES
 
 Without --data_dir the known images are the samples of the run. Stable Diffusion, whose flags --help then lists:
 
@@ -41,10 +41,9 @@ from ..guidance.blur import check_blur
 from ..networks.attention import Attends
 from ..runs.identity import versions
 from ..runs.pipeline import ImagePipeline
-from ..runs.prepare import IMAGE_GROUPS
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, option, parse_args, parse_value
-from ..settings.stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
+from ..settings.scripts import IMAGE_GROUPS, SCRIPTS
 from ..stable_diffusion.sampling import LatentPipeline
 from ..storage import pictures
 from ..storage.files import write_atomically
@@ -176,7 +175,7 @@ def known(config: ReportConfig, images: KnownImages, size: int) -> Iterator[tupl
 @command
 def main() -> None:
     latent = any(argument.partition("=")[0] == "--model" for argument in sys.argv[1:])
-    groups = (StableDiffusionConfig, LatentGuidanceConfig) if latent else IMAGE_GROUPS
+    groups = SCRIPTS["stable_diffusion_sample"].groups if latent else IMAGE_GROUPS
     config, *run_configs = parse_args(__doc__, (ReportConfig, *groups))
     job = start()
     with exit_on_bad_input():

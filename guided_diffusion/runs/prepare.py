@@ -13,24 +13,12 @@ from ..guidance.building import describe_guidance, guidances_of
 from ..guidance.classifier import classifier_gradient
 from ..networks.building import build_classifier, build_network, fill, fill_at_random, make_ready, unfilled
 from ..networks.inspection import wrong_flags
-from ..settings.guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
-from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
+from ..settings.guidance import ClassifierGuidanceConfig
+from ..settings.model import ClassifierConfig, NetworkConfig
 from ..settings.options import resolved
-from ..settings.sampling import SamplingConfig
 from ..storage.checkpoints import load_into
 from .conditions import class_condition, unconditional
 from .pipeline import ImagePipeline
-
-IMAGE_GROUPS = (SamplingConfig, GuidanceConfig, OtherGuidanceConfig, NetworkConfig, DiffusionConfig)
-CLASSIFIER_GROUPS = (
-    SamplingConfig,
-    GuidanceConfig,
-    OtherGuidanceConfig,
-    ClassifierGuidanceConfig,
-    NetworkConfig,
-    DiffusionConfig,
-    ClassifierConfig,
-)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-from ..settings.shipped import shipped
-
-TABLES = shipped("tables")
+from ..settings.options import config_path, read_yaml
+from ..settings.shipped import shipped, shipped_yaml
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "frechet_distance")
 COSTS = ("memory_mb", "seconds", "relative_time")
@@ -20,7 +19,7 @@ COSTS = ("memory_mb", "seconds", "relative_time")
 class Row:
     """One run of a plan.
 
-    config: names of files in configs/ or paths, the later one winning. settings: flags over them. published: metrics by
+    config: what --config takes, names or paths, the later one winning. settings: flags over them. published: metrics by
     name; None where the paper has the row but the number is not known. group: rows of one group stand together, and
     where they have an `x` (the parameter that varies) they make a curve. same_as: the row whose run this one is, too.
     missing: why the row cannot be run here.
@@ -41,12 +40,12 @@ class Row:
     @property
     def script(self) -> str:
         """The sampling script of the row: classifier_sample where a classifier is named, else image_sample."""
-        keys = set(self.settings).union(*(_keys(path) for path in self.config))
+        keys = set(self.settings).union(*(read_yaml(config_path(config)) for config in self.config))
         return "classifier_sample" if "classifier_path" in keys else "image_sample"
 
     def arguments(self) -> list[str]:
         """The flags of the script, as a user would type them."""
-        files = [part for path in self.config for part in ("--config", path)]
+        files = [part for config in self.config for part in ("--config", config)]
         return files + [part for key, value in self.settings.items() for part in (f"--{key}", str(value))]
 
 
@@ -69,11 +68,6 @@ class Plan:
     groups: Mapping[str, str] = field(default_factory=dict)
 
 
-def _keys(path: str) -> set[str]:
-    with open(path, encoding="utf-8") as file:
-        return set(yaml.safe_load(file))
-
-
 def _of_type(where: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where}: wanted {wanted}, got {value!r}")
@@ -90,13 +84,6 @@ def _known(where: str, values: Mapping[str, Any], keys: set[str], needed: set[st
             raise ValueError(f"{where}: unknown key {key!r}; wanted some of {', '.join(sorted(keys))}")
     for key in sorted(needed - set(values)):
         raise ValueError(f"{where}: wanted a {key}, got none")
-
-
-def _config_path(name: str, where: str) -> str:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped(f"{name}.yaml")
-    if not path.is_file():
-        raise ValueError(f"{where}: config: no such file {path}")
-    return str(path)
 
 
 def _reference(name: str) -> str:
@@ -119,6 +106,10 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
     config = [config] if isinstance(config, str) else _of_type(f"{where}: config", config, list, "a list of names")
     for item in config:
         _of_type(f"{where}: config", item, str, "a list of names")
+        try:
+            shipped_yaml(item)
+        except ValueError as error:
+            raise ValueError(f"{where}: config: {error}") from None
     texts = _texts(where, {"group": "", "reference": "", **defaults, **values}, "label", "group", "reference")
     texts |= _texts(where, values, "note", "missing", "same_as")
     settings = _of_type(f"{where}: set", values.get("set", {}), dict, "flags")
@@ -132,7 +123,7 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
         raise ValueError(f"{where}: wanted a config, or missing: why there is none; got neither")
     return Row(
         name=name,
-        config=tuple(_config_path(item, where) for item in config),
+        config=tuple(config),
         settings={**defaults.get("set", {}), **settings},
         published=published,
         x=None if values.get("x") is None else float(_of_type(f"{where}: x", values["x"], (int, float), "a number")),
@@ -147,14 +138,9 @@ def _as(run: Row, row: Row) -> Row:
 
 def read_plan(path: str | Path) -> Plan:
     """The plan in a YAML file, or that of a name in configs/tables; a ValueError says what is wrong with it."""
-    path = Path(path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = TABLES / f"{path}.yaml"
+    path = Path(shipped_yaml(str(path), "tables", "plan"))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        there = ", ".join(sorted(file.stem for file in TABLES.glob("*.yaml")))
-        raise ValueError(f"{path}: no such plan; there are {there}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
     where = str(path)

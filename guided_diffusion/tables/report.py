@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..settings.shipped import how_to_install
 from . import page
 
 TITLES = {
@@ -191,7 +192,7 @@ def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes |
         try:
             parts.append(curve(rows, title))
         except ImportError:
-            parts.append(page.paragraph("No curve here: it needs matplotlib, pip install '.[report]'.", note=True))
+            parts.append(page.paragraph(f"No curve here: it needs matplotlib, {how_to_install('report')}.", note=True))
     head, rows = _cost_table(results)
     if rows:
         parts += [page.heading("At an equal number of network evaluations"), page.table(head, rows)]
