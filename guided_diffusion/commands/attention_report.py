@@ -41,9 +41,10 @@ from ..guidance.blur import check_blur
 from ..networks.attention import Attends
 from ..runs.identity import versions
 from ..runs.pipeline import ImagePipeline
+from ..runs.prepare import IMAGE_GROUPS
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, option, parse_args, parse_value
-from ..settings.scripts import IMAGE_GROUPS, SCRIPTS
+from ..settings.scripts import SCRIPTS
 from ..stable_diffusion.sampling import LatentPipeline
 from ..storage import pictures
 from ..storage.files import write_atomically

@@ -36,12 +36,11 @@ from evaluations.neighbours import BLOCK, Distances, neighbours
 
 from ..networks.attention import QKVAttention, TokenLinear
 from ..runs.pipeline import ImagePipeline
-from ..runs.prepare import classifier_run, image_run
+from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, classifier_run, image_run
 from ..runs.ranks import command, start
 from ..runs.sample_store import SampleStore, Shard
 from ..runs.timing import in_turns, medians, peak_bytes, seconds
 from ..settings.options import parse_args
-from ..settings.scripts import CLASSIFIER_GROUPS, IMAGE_GROUPS
 from ..storage import pictures
 
 import torch  # isort: skip (after evaluations, which sets how its threads wait)

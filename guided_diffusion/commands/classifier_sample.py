@@ -5,11 +5,10 @@ Like image_sample.py, with a noisy-image classifier: it pulls every sample to it
   python scripts/classifier_sample.py --config adm_imagenet128_cond --config adm_classifier128
 """
 
-from ..runs.prepare import classifier_run
+from ..runs.prepare import CLASSIFIER_GROUPS, classifier_run
 from ..runs.ranks import command, start
 from ..runs.run import run
 from ..settings.options import exit_on_bad_input, parse_args
-from ..settings.scripts import CLASSIFIER_GROUPS
 
 
 @command

@@ -35,7 +35,7 @@ def accuracies(loop, folders, image_size):
     steps = [level * total // NOISE_LEVELS for level in range(NOISE_LEVELS)]
     found = {"t": steps}
     for folder in folders:
-        data = ImageFolder(folder, image_size, class_cond=True, crop=False, flip=False)
+        data = ImageFolder(folder, image_size, class_cond=True)
         totals = [0.0] * len(steps)
         for start_at in range(0, len(data), IMAGES_AT_A_TIME):
             rows = [data[i] for i in range(start_at, min(start_at + IMAGES_AT_A_TIME, len(data)))]

@@ -1,6 +1,6 @@
 """Self-attention guidance in five minutes: the embedded model, the same noise, without and with guidance.
 
-Settings come from the configuration emoji, then flags. Writes to runs/demo: comparison.png (unguided | attention mask |
+Settings come from --config emoji, then flags. Writes to runs/demo: comparison.png (unguided | attention mask |
 guided), the folders unguided and guided with all samples, and summary.txt with their distances to the training
 pictures. All flags of image_sample.py work here too:
 
@@ -17,12 +17,11 @@ import numpy as np
 
 from evaluations.judge import Settings, judge
 
-from ..runs.prepare import image_run
+from ..runs.prepare import IMAGE_GROUPS, image_run
 from ..runs.ranks import Job, command
 from ..runs.run import run
 from ..settings.guidance import OtherGuidanceConfig
 from ..settings.options import exit_on_bad_input, parse_args
-from ..settings.scripts import IMAGE_GROUPS
 from ..settings.shipped import shipped
 from ..storage import pictures
 from ..storage.files import write_atomically

@@ -18,20 +18,18 @@ from ..networks.building import build_network, fill, make_ready, unfilled
 from ..runs.likelihood import measure
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
-from ..settings.scripts import IMAGE_GROUPS, SCRIPTS
+from ..settings.scripts import SCRIPTS
 from ..storage.images import ImageFolder
 
 
 @command
 def main() -> None:
-    configs = parse_args(__doc__, SCRIPTS["image_nll"].groups, unread=IMAGE_GROUPS)
+    configs = parse_args(__doc__, SCRIPTS["image_nll"].groups, unread=SCRIPTS["image_sample"].groups)
     likelihood, network_config, diffusion_config = configs
     job = start()
     with exit_on_bad_input():
         diffusion = build_diffusion(diffusion_config)
-        images = ImageFolder(
-            likelihood.data_dir, network_config.image_size, network_config.class_cond, crop=False, flip=False
-        )
+        images = ImageFolder(likelihood.data_dir, network_config.image_size, network_config.class_cond)
         if len(images.class_names) > network_config.num_classes:
             raise ValueError(
                 f"num_classes: {network_config.num_classes}, but data_dir has {len(images.class_names)} classes"

@@ -6,11 +6,10 @@ manifest.json. The embedded model, guided:
   python scripts/image_sample.py --config emoji --num_samples 16 --sag_scale 1.0
 """
 
-from ..runs.prepare import image_run
+from ..runs.prepare import IMAGE_GROUPS, image_run
 from ..runs.ranks import command, start
 from ..runs.run import run
 from ..settings.options import exit_on_bad_input, parse_args
-from ..settings.scripts import IMAGE_GROUPS
 
 
 @command

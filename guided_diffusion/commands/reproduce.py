@@ -26,11 +26,10 @@ from evaluations.ranks import start as start_ranks
 
 from ..guidance.base import evaluations
 from ..runs.identity import versions
-from ..runs.prepare import Prepared, classifier_run, image_run
+from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Prepared, classifier_run, image_run
 from ..runs.ranks import Job, command, start
 from ..runs.run import run
-from ..settings.options import BadInput, config_path, parse_args, read_yaml
-from ..settings.scripts import CLASSIFIER_GROUPS, IMAGE_GROUPS
+from ..settings.options import BadInput, parse_args, read_yaml
 from ..storage import pictures
 from ..storage.fetch import local_path
 from ..storage.files import is_address, write_atomically
@@ -93,8 +92,8 @@ def fetch(plan: Plan, names: list[str]) -> None:
     for row in plan.rows:
         if row.name in names and not row.missing:
             settings: dict[str, Any] = {}
-            for name in row.config:
-                settings |= read_yaml(config_path(name))
+            for path in row.config:
+                settings |= read_yaml(path)
             settings |= row.settings
             wanted |= dict.fromkeys(str(settings[key]) for key in FILES if settings.get(key))
             wanted |= {row.reference: None} if row.reference else {}
@@ -126,7 +125,7 @@ def dry_run(plan: Plan, names: list[str], args: argparse.Namespace, job: Job) ->
         total += seconds
         n, hours = pipeline.config.num_samples, f"{seconds / 3600:.1f}"
         print(f"{row.name}: {row.label}")
-        print(f"  python scripts/{row.script}.py {shlex.join(row.arguments())}")
+        print(f"  python scripts/{row.script}.py {shlex.join(_short(row.arguments()))}")
         print(f"  {n} samples, {each} network evaluations each, about {hours} hours")
     for row in plan.rows:
         if row.missing and row.name in names:
@@ -143,13 +142,19 @@ def empty(row: Row, reason: str) -> dict[str, Any]:
         "x": row.x,
         "note": row.note,
         "same_as": row.same_as,
-        "command": f"python scripts/{row.script}.py {shlex.join(row.arguments())}",
+        "command": f"python scripts/{row.script}.py {shlex.join(_short(row.arguments()))}",
         "published": dict(row.published),
         "reason": reason,
         "n": None,
         "metrics": {},
         "common": {},
     }
+
+
+def _short(argv: list[str]) -> list[str]:
+    """Flags with the project's own files named from its root."""
+    root = f"{Path(__file__).resolve().parent.parent}/"
+    return [text.removeprefix(root) for text in argv]
 
 
 def measure(

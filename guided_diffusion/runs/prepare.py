@@ -16,9 +16,13 @@ from ..networks.inspection import wrong_flags
 from ..settings.guidance import ClassifierGuidanceConfig
 from ..settings.model import ClassifierConfig, NetworkConfig
 from ..settings.options import resolved
+from ..settings.scripts import SCRIPTS
 from ..storage.checkpoints import load_into
 from .conditions import class_condition, unconditional
 from .pipeline import ImagePipeline
+
+IMAGE_GROUPS = SCRIPTS["image_sample"].groups
+CLASSIFIER_GROUPS = SCRIPTS["classifier_sample"].groups
 
 
 @dataclass(frozen=True, eq=False)

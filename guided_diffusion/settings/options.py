@@ -83,16 +83,12 @@ def numbers(key: str, text: str, kind: type) -> list[Any]:
     return [parse_value(part, kind, key) for part in text.split(",")]
 
 
-def config_path(text: str) -> str:
-    """The file that --config names: a path, or the name of a configuration that comes with the package."""
+def read_yaml(path: str) -> dict[str, Any]:
+    """The keys and values of what --config names (`shipped_yaml`); a ValueError says what is wrong with it."""
     try:
-        return shipped_yaml(text)
+        path = shipped_yaml(path)
     except ValueError as error:
         raise ValueError(f"--config {error}") from None
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The keys and values of a configuration file; a ValueError says what is wrong with it."""
     try:
         with bf.BlobFile(path, "r") as file:
             values = yaml.safe_load(file)
@@ -209,12 +205,13 @@ def parse_args(
     files = flags.pop("config", None) or ([default_config] if default_config else [])
     with exit_on_bad_input():
         known_here, elsewhere = _fields(groups, without), _fields(unread)
-        files = [config_path(file) for file in files]
         read = {
             file: {key: value for key, value in read_yaml(file).items() if key in known_here or key not in elsewhere}
             for file in files
         }
-        layers = [(f"--config {file}", _from_folder(bf.dirname(file), read[file], groups)) for file in files]
+        layers = [
+            (f"--config {file}", _from_folder(bf.dirname(shipped_yaml(file)), read[file], groups)) for file in files
+        ]
         configs = merge(groups, *layers, ("command line", flags), without=without)
         given = set(flags).union(*(layer for _, layer in layers))
         for config in configs:

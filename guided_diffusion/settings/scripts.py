@@ -20,14 +20,12 @@ class Script(NamedTuple):
 
 MODEL = (NetworkConfig, DiffusionConfig)
 GUIDANCE = (GuidanceConfig, OtherGuidanceConfig)
-IMAGE_GROUPS = (SamplingConfig, *GUIDANCE, *MODEL)
-CLASSIFIER_GROUPS = (SamplingConfig, *GUIDANCE, ClassifierGuidanceConfig, *MODEL, ClassifierConfig)
 OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
 """Settings of networks that are none of a classifier's."""
 
 SCRIPTS = {
-    "image_sample": Script(IMAGE_GROUPS),
-    "classifier_sample": Script(CLASSIFIER_GROUPS),
+    "image_sample": Script((SamplingConfig, *GUIDANCE, *MODEL)),
+    "classifier_sample": Script((SamplingConfig, *GUIDANCE, ClassifierGuidanceConfig, *MODEL, ClassifierConfig)),
     "super_res_sample": Script(
         (SamplingConfig, UpsamplingConfig, *MODEL), (*OF_OTHER_SIZES, "labels", "balanced_labels")
     ),

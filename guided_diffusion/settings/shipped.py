@@ -19,15 +19,15 @@ def shipped(*names: str) -> Path:
 def shipped_yaml(text: str, folder: str = "", kind: str = "configuration") -> str:
     """The path of a YAML file of configs/FOLDER by its name, like `emoji`; what has a dot or a slash is a path itself.
 
-    A ValueError says that there is no such file, and which names are nearest. kind: what it calls such files.
+    A ValueError says that there is no such file, which names there are, and the nearest. kind: what it calls a file.
     """
     path = str(shipped(folder, f"{text}.yaml")) if re.fullmatch(r"[\w-]+", text) else text
     if "://" in path or os.path.exists(path):
         return path
     names = sorted(file.stem for file in shipped(folder).glob("*.yaml"))
     near = difflib.get_close_matches(Path(text).stem, names)
-    which = f"the nearest by name: {', '.join(near)}" if near else f"there are {', '.join(names) or 'none by name'}"
-    raise ValueError(f"{text}: cannot be read, no such {kind}; {which}")
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"{path}: no such {kind}; there are {', '.join(names) or 'none'}{hint}")
 
 
 def how_to_install(extra: str) -> str:

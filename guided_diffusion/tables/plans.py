@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
-from ..settings.options import config_path, read_yaml
+from ..settings.options import read_yaml
 from ..settings.shipped import shipped, shipped_yaml
+
+TABLES = shipped("tables")
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "frechet_distance")
 COSTS = ("memory_mb", "seconds", "relative_time")
@@ -40,12 +42,12 @@ class Row:
     @property
     def script(self) -> str:
         """The sampling script of the row: classifier_sample where a classifier is named, else image_sample."""
-        keys = set(self.settings).union(*(read_yaml(config_path(config)) for config in self.config))
+        keys = set(self.settings).union(*map(read_yaml, self.config))
         return "classifier_sample" if "classifier_path" in keys else "image_sample"
 
     def arguments(self) -> list[str]:
         """The flags of the script, as a user would type them."""
-        files = [part for config in self.config for part in ("--config", config)]
+        files = [part for path in self.config for part in ("--config", path)]
         return files + [part for key, value in self.settings.items() for part in (f"--{key}", str(value))]
 
 
@@ -86,6 +88,14 @@ def _known(where: str, values: Mapping[str, Any], keys: set[str], needed: set[st
         raise ValueError(f"{where}: wanted a {key}, got none")
 
 
+def _config(name: str, where: str) -> str:
+    try:
+        shipped_yaml(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: config: {error}") from None
+    return name
+
+
 def _reference(name: str) -> str:
     """An address as it is, a path below configs/ as that of its file."""
     return name if not name or "://" in name or Path(name).is_absolute() else str(shipped(name))
@@ -106,10 +116,6 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
     config = [config] if isinstance(config, str) else _of_type(f"{where}: config", config, list, "a list of names")
     for item in config:
         _of_type(f"{where}: config", item, str, "a list of names")
-        try:
-            shipped_yaml(item)
-        except ValueError as error:
-            raise ValueError(f"{where}: config: {error}") from None
     texts = _texts(where, {"group": "", "reference": "", **defaults, **values}, "label", "group", "reference")
     texts |= _texts(where, values, "note", "missing", "same_as")
     settings = _of_type(f"{where}: set", values.get("set", {}), dict, "flags")
@@ -123,7 +129,7 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
         raise ValueError(f"{where}: wanted a config, or missing: why there is none; got neither")
     return Row(
         name=name,
-        config=tuple(config),
+        config=tuple(_config(item, where) for item in config),
         settings={**defaults.get("set", {}), **settings},
         published=published,
         x=None if values.get("x") is None else float(_of_type(f"{where}: x", values["x"], (int, float), "a number")),

@@ -19,9 +19,8 @@ from guided_diffusion.diffusion.noise import SampleNoise
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks.attention import attention_blocks, record_attention
-from guided_diffusion.runs.prepare import image_run
+from guided_diffusion.runs.prepare import IMAGE_GROUPS, image_run
 from guided_diffusion.settings.options import parse_args
-from guided_diffusion.settings.scripts import IMAGE_GROUPS
 from latents import DATA, diffusers
 from running import SCRIPTS, refused, run
 

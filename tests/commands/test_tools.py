@@ -2,15 +2,15 @@
 
 import json
 import re
-import runpy
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
 
+from guided_diffusion.commands.make_emoji_data import base_emoji, draw_glyph
 from guided_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
-from running import SCRIPTS, refused, run
+from running import refused, run
 from small import SMALL
 
 SR = {
@@ -135,8 +135,7 @@ EMOJI_TEST = """# group: Smileys & Emotion
 
 def test_base_emoji_are_those_of_one_code_point(tmp_path):
     (tmp_path / "emoji-test.txt").write_text(EMOJI_TEST, encoding="utf-8")
-    script = runpy.run_path(str(SCRIPTS / "make_emoji_data.py"))
-    assert script["base_emoji"](tmp_path / "emoji-test.txt") == [
+    assert base_emoji(tmp_path / "emoji-test.txt") == [
         ("smileys-emotion", 0x1F600, "grinning-face"),
         ("smileys-emotion", 0x263A, "smiling-face"),
         ("food-drink", 0x1F347, "grapes"),
@@ -144,8 +143,7 @@ def test_base_emoji_are_those_of_one_code_point(tmp_path):
 
 
 def test_a_glyph_is_centred_with_its_margin():
-    script = runpy.run_path(str(SCRIPTS / "make_emoji_data.py"))
-    glyph = script["draw_glyph"](ImageFont.load_default(60), ord("O"), 32, 4)
+    glyph = draw_glyph(ImageFont.load_default(60), ord("O"), 32, 4)
     left, top, right, bottom = glyph.getchannel("A").getbbox()
     assert glyph.size == (32, 32)
     assert top == 4

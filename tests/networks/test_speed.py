@@ -1,6 +1,5 @@
 """What makes the networks fast changes nothing they say: memory layout, kept memory, half precision, compilation."""
 
-import runpy
 import subprocess
 import sys
 import time
@@ -9,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from guided_diffusion.commands.benchmark import plain
 from guided_diffusion.networks.attention import TokenLinear, attention_blocks, record_attention
 from guided_diffusion.networks.building import make_ready
 from guided_diffusion.networks.unet import UNetModel
 from guided_diffusion.runs.timing import in_turns
-from running import SCRIPTS
 from small import randomised
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -106,5 +105,5 @@ def test_works_take_turns_in_processes_of_their_own():
 
 def test_the_plain_path_of_the_benchmark_says_the_same(any_order):
     before = any_order(X, T)
-    runpy.run_path(str(SCRIPTS / "benchmark.py"))["plain"](any_order)
+    plain(any_order)
     torch.testing.assert_close(any_order(X, T), before, rtol=1e-5, atol=1e-5)

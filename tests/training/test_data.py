@@ -12,14 +12,13 @@ from PIL import Image, ImageOps
 
 from guided_diffusion.settings.options import BadInput
 from guided_diffusion.storage.images import (
-    ImageFolder,
     center_crop,
     check_images,
     list_image_files,
     random_crop,
     read_picture,
 )
-from guided_diffusion.training.data import load_data, with_low_res
+from guided_diffusion.training.data import VariedImages, load_data, with_low_res
 from running import refused
 
 COUNT = 10
@@ -117,19 +116,19 @@ def test_a_batch_is_a_function_of_its_number(patterned):
 def test_skipped_batches_are_not_read(folder, monkeypatch):
     batches = load_data(data_dir=str(folder), batch_size=4, image_size=16, start_batch=1000)
     read = []
-    monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, item: (read.append(item), (torch.zeros(1), 0))[1])
+    monkeypatch.setattr(VariedImages, "__getitem__", lambda self, item: (read.append(item), (torch.zeros(1), 0))[1])
     next(batches)
     assert len(read) == 4
 
 
 def test_crops_and_flips_belong_to_epoch_and_image(patterned):
-    data = ImageFolder(str(patterned), 16, class_cond=False, crop=True, flip=True, seed=0)
-    assert torch.equal(data[3][0], ImageFolder(str(patterned), 16, False, True, True)[3][0])
+    data = VariedImages(str(patterned), 16, class_cond=False, crop=True, flip=True, seed=0)
+    assert torch.equal(data[3][0], VariedImages(str(patterned), 16, False, True, True)[3][0])
     epochs = torch.stack([data[epoch * len(data) + 3][0] for epoch in range(20)])
     assert len(epochs.unique(dim=0)) > 15
-    plain = ImageFolder(str(patterned), 16, False, False, True)
+    plain = VariedImages(str(patterned), 16, False, False, True)
     seen = [plain[item][0] for item in range(len(plain) * 30)]
-    first_epoch = ImageFolder(str(patterned), 16, False, False, False)
+    first_epoch = VariedImages(str(patterned), 16, False, False, False)
     flipped = [torch.equal(image, first_epoch[item % 7][0].flip(2)) for item, image in enumerate(seen)]
     kept = [torch.equal(image, first_epoch[item % 7][0]) for item, image in enumerate(seen)]
     assert all(f != k for f, k in zip(flipped, kept, strict=True))
