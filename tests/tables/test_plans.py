@@ -234,7 +234,7 @@ def test_a_row_takes_the_settings_of_its_plan_and_wins(tmp_path):
         (GOOD | {"set": ["seed"]}, "set: wanted flags, got ['seed']"),
         (GOOD | {"groups": "main"}, "groups: wanted titles by group, got 'main'"),
         ({key: GOOD[key] for key in ("title", "rows")}, "row one: wanted a config, or missing: why there is none"),
-        (with_row(config="emoij"), "configs/emoij.yaml: no such configuration; there are adm_classifier128, "),
+        (with_row(config="emoij"), f"row one: config: {shipped('emoij.yaml')}: no such configuration; there are adm_"),
         (with_row(config=5), "row one: config: wanted a list of names, got 5"),
         (with_row(config=[5]), "row one: config: wanted a list of names, got 5"),
         (with_row(scale=1), "row one: unknown key 'scale'; wanted some of "),
