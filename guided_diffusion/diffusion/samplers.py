@@ -100,7 +100,7 @@ def ddim(
     process: ForwardProcess,
     x_T: Tensor,
     condition: Condition,
-    noise: Noise,
+    noise: Noise | None = None,
     eta: float = 0.0,
 ) -> Iterator[State]:
     """DDIM from x_T, [N, C, H, W]; noise is asked for only where eta is not 0."""

@@ -14,6 +14,7 @@ from torch import nn
 from ..diffusion.denoiser import Condition
 from ..diffusion.diffusion import build_diffusion
 from ..diffusion.noise import SampleNoise
+from ..diffusion.samplers import ddim
 from ..runs.ranks import Job
 from ..settings.model import DiffusionConfig, NetworkConfig
 from ..settings.options import BadInput, exit_on_bad_input
@@ -134,6 +135,6 @@ def sample_grid(
     device = next(network.parameters()).device
     x_T = SampleNoise(seed, range(SAMPLES), (3, image_size, image_size), device).x_T()
     condition = {name: values.to(device) for name, values in condition.items()}
-    x0 = respaced.ddim_sample_loop(network, x_T.shape, noise=x_T, model_kwargs=condition)
-    grid = pictures.grid(pictures.to_uint8(x0), round(SAMPLES**0.5))
+    *_, last = ddim(respaced.denoiser(network), respaced.process, x_T, condition)
+    grid = pictures.grid(pictures.to_uint8(last.x), round(SAMPLES**0.5))
     pictures.save_png(pictures.enlarge(grid, SAMPLES_WIDTH), path)
