@@ -1,11 +1,13 @@
 """The attention report for people: tables beside the paper's numbers, curves, and what is recommended."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ..settings.shipped import how_to_install
-from ..tables import page, report
+from ..tables.page import Section, as_markdown, measured, templates
+
+TEMPLATES = Path(__file__).with_name("templates")
 
 Results = Mapping[str, Any]
 
@@ -21,22 +23,8 @@ NO_EVIDENCE = (
 )
 
 
-@dataclass(frozen=True)
-class Section:
-    """A table with its title and the text that explains it."""
-
-    title: str
-    text: str
-    head: list[str]
-    rows: list[list[str]]
-
-
-def shown(number: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """A value with its standard error."""
-    if number is None or number["value"] is None:
-        return "–"
-    error = "" if number["error"] is None else f" ± {number['error']:.{digits}f}"
-    return f"{number['value']:.{digits}f}{error}"
+shown = partial(measured, digits=3)
+"""A value with its standard error."""
 
 
 def agreement(number: Mapping[str, Any]) -> str:
@@ -76,6 +64,7 @@ def frequency(study: Results) -> Section:
         ["map", "ψ", "share", "masked − all", "above, as in the paper?", f"more than at ψ = {first}",
          "above, as in the paper?", "N"],
         rows,
+        plot=partial(curves, study),
     )  # fmt: skip
 
 
@@ -171,16 +160,29 @@ def introduction(results: Results) -> list[str]:
 
 def markdown(results: Results) -> str:
     """The report as text."""
-    lines = [f"# {results['title']}", ""]
-    for text in introduction(results):
-        lines += [text, ""]
-    for section in sections(results):
-        lines += [f"## {section.title}", "", section.text, "", *report.markdown_table(section.head, section.rows), ""]
-    return "\n".join(lines)
+    return as_markdown(results["title"], introduction(results), sections(results))
 
 
-def curves(study: Results) -> str:
-    """The spectra of whole images and of masked cells, a picture for each map size, as an SVG."""
+def html(results: Results, looks: Results) -> str:
+    """The report as a page. looks: the samples to look through (`scrubber`).
+
+    Curves need matplotlib (the extra `report`); without it the page says so.
+    """
+    return (
+        templates(TEMPLATES)
+        .get_template("attention.html.j2")
+        .render(
+            title=results["title"],
+            introduction=introduction(results),
+            looks=looks,
+            notes=results["notes"],
+            sections=sections(results),
+        )
+    )
+
+
+def curves(study: Results) -> Any:
+    """The spectra of whole images and of masked cells, a picture for each map size, as a figure of matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(study["sizes"]), 3.4), layout="constrained")
@@ -197,21 +199,4 @@ def curves(study: Results) -> str:
         axes.set(title=f"{size['map'][0]}×{size['map'][1]} maps", xlabel="cycles a pixel", ylabel="ln(1 + |F|)")
         axes.legend()
         axes.grid(alpha=0.3)
-    return page.svg(figure)
-
-
-def html(results: Results, look_through: str) -> str:
-    """The report as a page. look_through: the part with samples (`scrubber`)."""
-    parts = [page.paragraph(text, note=number > 0) for number, text in enumerate(introduction(results))]
-    parts += [page.heading("Look"), look_through, *(page.paragraph(text, note=True) for text in results["notes"])]
-    for section in sections(results):
-        parts += [page.heading(section.title), page.paragraph(section.text)]
-        parts.append(page.table(section.head, section.rows))
-        if section.title == "Frequencies":
-            try:
-                parts.append(curves(results["study"]))
-            except ImportError:
-                parts.append(
-                    page.paragraph(f"No curve here: it needs matplotlib, {how_to_install('report')}.", note=True)
-                )
-    return page.page(results["title"], *parts)
+    return figure

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..diffusion.denoiser import Condition, Denoiser
 from ..diffusion.noise import SampleNoise, Samples
-from ..diffusion.process import ForwardProcess, NoiseLevels
+from ..diffusion.process import NoiseLevels
 from ..guidance.masks import attention_mask, upsampled
 from ..networks.attention import Attends, record_attention
 from .measures import Mean, as_many, from_centre, intersection_over_union, log_spectra, patch_side, selected_mean
@@ -38,7 +38,7 @@ class AttentionStudy:
     def __init__(
         self,
         denoiser: Denoiser,
-        process: ForwardProcess | NoiseLevels,
+        process: NoiseLevels,
         blocks: Mapping[str, Attends],
         steps: Sequence[int],
         thresholds: Sequence[float],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Condition, Denoiser, NetworkDenoiser, Prediction
-from ..diffusion.process import ForwardProcess, NoiseLevels
+from ..diffusion.process import NoiseLevels
 from ..guidance.base import Guidance
 from ..networks.attention import Attends, attention_blocks
 from ..runs.pipeline import ImagePipeline
@@ -32,7 +32,7 @@ class Subject:
     pipeline: ImagePipeline | LatentPipeline
     blocks: Mapping[str, Attends]
     denoiser: Denoiser
-    process: ForwardProcess | NoiseLevels
+    process: NoiseLevels
     encode: Callable[[Tensor], Tensor]
     condition: Callable[[Sequence[int]], Condition]
     blur_sigma: float

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .process import ForwardProcess, NoiseLevels
+from .process import NoiseLevels
 
 Condition = Mapping[str, Any]
 """What the network is conditioned on, by argument name: tensors, rows first (`y`, `low_res`); values that are not
@@ -23,7 +23,7 @@ class ModelMeanType(enum.Enum):
     START_X = enum.auto()
     EPSILON = enum.auto()
     VELOCITY = enum.auto()
-    """v of Salimans & Ho (2022), on a process of `NoiseLevels`."""
+    """v of Salimans & Ho (2022)."""
 
 
 class ModelVarType(enum.Enum):
@@ -50,7 +50,7 @@ class Prediction:
     variance: None where the sampler has its own.
     """
 
-    process: ForwardProcess | NoiseLevels
+    process: NoiseLevels
     x_t: Tensor
     t: Tensor
     condition: Condition
@@ -101,8 +101,7 @@ class Prediction:
         Where ᾱ = 0 and ε says nothing of x̂_0, x̂_0 is `otherwise`, by default kept.
         """
         kept = self.raw_x0 if otherwise is None else otherwise
-        defined = self.process.has_signal(self.t, self.x_t)
-        raw_x0 = torch.where(defined, self.process.x0_from_eps(self.x_t, self.t, eps), kept)
+        raw_x0 = self.process.x0_from_eps(self.x_t, self.t, eps, otherwise=kept)
         mean = None if self.network_mean is None else self.process.q_posterior_mean(raw_x0, self.x_t, self.t)
         return replace(self, eps=eps, raw_x0=raw_x0, network_mean=mean)
 
@@ -117,7 +116,7 @@ Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]
 
 
 def _beliefs(
-    predicts: ModelMeanType, process: ForwardProcess | NoiseLevels, x_t: Tensor, t: Tensor, output: Tensor
+    predicts: ModelMeanType, process: NoiseLevels, x_t: Tensor, t: Tensor, output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(ε, x̂_0, posterior mean or None), each straight from a network output at x_t."""
     if predicts is ModelMeanType.EPSILON:
@@ -157,7 +156,7 @@ class NetworkDenoiser:
     def __init__(
         self,
         network: Callable[..., Tensor],
-        process: ForwardProcess | NoiseLevels,
+        process: NoiseLevels,
         mean_type: ModelMeanType = ModelMeanType.EPSILON,
         var_type: ModelVarType | None = ModelVarType.LEARNED_RANGE,
         clip_denoised: bool = True,

@@ -97,6 +97,7 @@ def training_losses(
     target = {
         ModelMeanType.EPSILON: lambda: noise,
         ModelMeanType.START_X: lambda: x0,
+        ModelMeanType.VELOCITY: lambda: process.velocity(x0, t, noise),
         ModelMeanType.PREVIOUS_X: lambda: process.q_posterior_mean(x0, x_t, t),
     }[denoiser.mean_type]()
     mse = mean_flat((target - value) ** 2)
@@ -118,9 +119,9 @@ def bpd_loop(
     (last first) `vb` [N, T] in bits/dim, `xstart_mse` and `mse` (of ε) [N, T].
     """
     vb, xstart_mse, mse = [], [], []
-    for step in reversed(range(process.num_timesteps)):
-        t = torch.full((len(x0),), step, device=x0.device)
-        noise = noise_of(step)
+    for time in reversed(range(process.num_timesteps)):
+        t = torch.full((len(x0),), time, device=x0.device)
+        noise = noise_of(time)
         prediction = denoiser(process.q_sample(x0, t, noise), t, condition)
         vb.append(vb_terms_bpd(prediction, x0))
         xstart_mse.append(mean_flat((prediction.x0 - x0) ** 2))

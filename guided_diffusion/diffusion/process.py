@@ -1,4 +1,4 @@
-"""The forward process q: noise schedules, its float64 tables, x_0 ↔ ε, and respacing (Ho et al. 2020; Nichol 2021)."""
+"""The forward process q: noise schedules, its float64 tables, x_0 ↔ ε ↔ v, respacing (Ho et al. 2020; Nichol 2021)."""
 
 import math
 from collections.abc import Iterable
@@ -95,115 +95,37 @@ def kept_timesteps(betas: np.ndarray, respacing: str | Iterable[int]) -> set[int
     return set((room + order).tolist())
 
 
-class _Tables:
-    """Numbers of every step as numpy tables, and as tensors wherever they are asked for."""
-
-    num_timesteps: int
-
-    def __init__(self):
-        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
-
-    def at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
-        """Row values of the table of that name at steps t, float32, shaped to broadcast over x: [N, 1, …]."""
-        key = (table, t.device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.as_tensor(getattr(self, table), dtype=torch.float32, device=t.device)
-        return self._on_device[key][t].reshape(-1, *[1] * (x.ndim - 1))
-
-
-class ForwardProcess(_Tables):
-    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) on the steps that respacing kept, counted 0 … num_timesteps − 1.
-
-    betas: [T] in (0, 1], the original process. kept: original steps to keep (default: all).
-    rescale_timesteps: networks see steps scaled to [0, 1000), as IDDPM's 4000-step models want.
-    Tables are numpy float64; methods take tensors x [N, ...] and t [N] int64 and return float32 on x's device.
-    """
-
-    def __init__(self, betas: np.ndarray, kept: Iterable[int] | None = None, rescale_timesteps: bool = False):
-        super().__init__()
-        betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError("betas must be a list of numbers in (0, 1]")
-        self.original_num_steps = len(betas)
-        self.rescale_timesteps = rescale_timesteps
-        self.timestep_map = sorted(range(len(betas)) if kept is None else set(kept))
-        kept_alphas = np.cumprod(1 - betas)[self.timestep_map]
-        if kept is not None:
-            betas = 1 - kept_alphas / np.append(1.0, kept_alphas[:-1])
-        self.betas = betas
-        self.num_timesteps = len(betas)
-        self.alphas_cumprod = np.cumprod(1 - betas)
-        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
-        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
-        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
-        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
-        self.log_one_minus_alphas_cumprod = np.log(1 - self.alphas_cumprod)
-        with np.errstate(divide="ignore"):
-            self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)
-            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
-        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        # The first entry is 0, so the second stands in for it wherever a logarithm is taken.
-        second = self.posterior_variance[min(1, self.num_timesteps - 1)] or betas[0]
-        self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
-        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - self.alphas_cumprod)
-        self.log_betas = np.log(betas)
-        self.fixed_large_variance = np.append(second, betas[1:])
-        self.fixed_large_log_variance = np.log(self.fixed_large_variance)
-
-    def network_timesteps(self, t: Tensor) -> Tensor:
-        """What the network is told: the original step, [N] int64; float32 scaled to [0, 1000) if it is rescaled."""
-        key = ("timestep_map", t.device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.tensor(self.timestep_map, device=t.device)
-        original = self._on_device[key][t]
-        return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
-
-    def has_signal(self, t: Tensor, x: Tensor) -> Tensor:
-        """Whether ᾱ_t > 0, so that ε says what x̂_0 is: bool, shaped to broadcast over x."""
-        return self.at("alphas_cumprod", t, x) > 0
-
-    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε."""
-        return self.at("sqrt_alphas_cumprod", t, x0) * x0 + self.at("sqrt_one_minus_alphas_cumprod", t, x0) * noise
-
-    def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_{t−1} | x_t, x_0)."""
-        return self.at("posterior_mean_coef1", t, x_t) * x0 + self.at("posterior_mean_coef2", t, x_t) * x_t
-
-    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x̂_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t."""
-        return self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
-
-    def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """ε = (x_t − √ᾱ_t x̂_0) / √(1 − ᾱ_t), in the form that agrees with `x0_from_eps`."""
-        return (self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x0) / self.at(
-            "sqrt_recipm1_alphas_cumprod", t, x_t
-        )
-
-    def x0_from_previous(self, x_t: Tensor, t: Tensor, previous: Tensor) -> Tensor:
-        """x̂_0 of which `previous` is the posterior mean."""
-        return (previous - self.at("posterior_mean_coef2", t, x_t) * x_t) / self.at("posterior_mean_coef1", t, x_t)
-
-
-class NoiseLevels(_Tables):
+class NoiseLevels:
     """q(x_t | x_0) = N(α_t x_0, σ_t² I) at the steps of a sampler, in that sampler's own scale of x.
 
     alphas, sigmas: [T] each; α² + σ² = 1 in samplers that keep the variance, α = 1 in those that let it grow, α = 0 at
     a zero terminal SNR. timesteps: [T], what the network is told. Steps are counted as they are left to go: t = T − 1
-    is the first, t = 0 the last.
+    is the first, t = 0 the last. Tables are numpy float64; methods take tensors x [N, ...] and t [N] int64 and return
+    float32 on x's device.
     """
 
-    def __init__(self, alphas: np.ndarray, sigmas: np.ndarray, timesteps: Tensor):
-        super().__init__()
+    def __init__(self, alphas: np.ndarray, sigmas: np.ndarray, timesteps: Tensor | np.ndarray):
         self.alphas, self.sigmas = (np.asarray(values, dtype=np.float64) for values in (alphas, sigmas))
         self.norms = np.hypot(self.alphas, self.sigmas)
         self.timesteps = timesteps
         self.num_timesteps = len(timesteps)
+        # What stands before x_t, x_0 and ε in x_t = α x_0 + σ ε: the equation that one is solved for, given two.
+        self.x_factors, self.x0_factors, self.eps_factors = np.ones_like(self.alphas), self.alphas, self.sigmas
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+
+    def _tensor(self, table: str, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        key = (table, device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.as_tensor(getattr(self, table), dtype=dtype, device=device)
+        return self._on_device[key]
+
+    def at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
+        """Row values of the table of that name at steps t, float32, shaped to broadcast over x: [N, 1, …]."""
+        return self._tensor(table, t.device, torch.float32)[t].reshape(-1, *[1] * (x.ndim - 1))
 
     def network_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told, [N] of the dtype of `timesteps`."""
-        return self.timesteps.to(t.device)[t]
+        return self._tensor("timesteps", t.device)[t]
 
     def has_signal(self, t: Tensor, x: Tensor) -> Tensor:
         """Whether α_t > 0, so that ε says what x̂_0 is: bool, shaped to broadcast over x."""
@@ -213,13 +135,15 @@ class NoiseLevels(_Tables):
         """x_t = α_t x_0 + σ_t ε."""
         return self.at("alphas", t, x0) * x0 + self.at("sigmas", t, x0) * noise
 
-    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x̂_0 = (x_t − σ_t ε) / α_t; not finite where α_t = 0."""
-        return (x_t - self.at("sigmas", t, x_t) * eps) / self.at("alphas", t, x_t)
+    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor, otherwise: Tensor | float = math.nan) -> Tensor:
+        """x̂_0 = (x_t − σ_t ε) / α_t; `otherwise` where α_t = 0 and ε says nothing of x̂_0."""
+        signal = self.at("x_factors", t, x_t) * x_t - self.at("eps_factors", t, x_t) * eps
+        return torch.where(self.has_signal(t, x_t), signal / self.at("x0_factors", t, x_t), otherwise)
 
     def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """ε = (x_t − α_t x̂_0) / σ_t."""
-        return (x_t - self.at("alphas", t, x_t) * x0) / self.at("sigmas", t, x_t)
+        noise = self.at("x_factors", t, x_t) * x_t - self.at("x0_factors", t, x_t) * x0
+        return noise / self.at("eps_factors", t, x_t)
 
     def velocity(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """v = (α_t ε − σ_t x̂_0) / √(α_t² + σ_t²) (Salimans & Ho 2022, for any scale of x)."""
@@ -230,3 +154,58 @@ class NoiseLevels(_Tables):
         alpha, sigma, norm = (self.at(name, t, x_t) for name in ("alphas", "sigmas", "norms"))
         unit = x_t / norm
         return (alpha * unit - sigma * v) / norm, (sigma * unit + alpha * v) / norm
+
+
+class ForwardProcess(NoiseLevels):
+    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) on the steps that respacing kept, counted 0 … num_timesteps − 1.
+
+    betas: [T] in (0, 1], the original process. kept: original steps to keep (default: all).
+    rescale_timesteps: networks see steps scaled to [0, 1000), float32, as IDDPM's 4000-step models want.
+    """
+
+    def __init__(self, betas: np.ndarray, kept: Iterable[int] | None = None, rescale_timesteps: bool = False):
+        betas = np.asarray(betas, dtype=np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must be a list of numbers in (0, 1]")
+        self.original_num_steps = len(betas)
+        self.rescale_timesteps = rescale_timesteps
+        self.timestep_map = sorted(range(len(betas)) if kept is None else set(kept))
+        kept_alphas = np.cumprod(1 - betas)[self.timestep_map]
+        if kept is not None:
+            betas = 1 - kept_alphas / np.append(1.0, kept_alphas[:-1])
+        self.betas = betas
+        self.alphas_cumprod = np.cumprod(1 - betas)
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
+        timesteps = np.array(self.timestep_map)
+        if rescale_timesteps:
+            timesteps = timesteps.astype(np.float32) * np.float32(1000.0 / self.original_num_steps)
+        super().__init__(self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, timesteps)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        self.log_one_minus_alphas_cumprod = np.log(1 - self.alphas_cumprod)
+        with np.errstate(divide="ignore"):
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
+        # Divided by α, as guided-diffusion has it: x̂_0 and ε are then its own to the last bit. Where α = 0, as it is.
+        signal = self.alphas > 0
+        self.x_factors = np.where(signal, self.sqrt_recip_alphas_cumprod, 1.0)
+        self.x0_factors = np.where(signal, 1.0, 0.0)
+        self.eps_factors = np.where(signal, self.sqrt_recipm1_alphas_cumprod, self.sigmas)
+        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        # The first entry is 0, so the second stands in for it wherever a logarithm is taken.
+        second = self.posterior_variance[min(1, self.num_timesteps - 1)] or betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - self.alphas_cumprod)
+        self.log_betas = np.log(betas)
+        self.fixed_large_variance = np.append(second, betas[1:])
+        self.fixed_large_log_variance = np.log(self.fixed_large_variance)
+
+    def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t−1} | x_t, x_0)."""
+        return self.at("posterior_mean_coef1", t, x_t) * x0 + self.at("posterior_mean_coef2", t, x_t) * x_t
+
+    def x0_from_previous(self, x_t: Tensor, t: Tensor, previous: Tensor) -> Tensor:
+        """x̂_0 of which `previous` is the posterior mean."""
+        return (previous - self.at("posterior_mean_coef2", t, x_t) * x_t) / self.at("posterior_mean_coef1", t, x_t)

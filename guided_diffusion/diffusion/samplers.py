@@ -48,8 +48,7 @@ def ddim_belief(prediction: Prediction) -> tuple[Tensor, Tensor]:
     eps = torch.where(x0 == prediction.raw_x0, prediction.eps, process.eps_from_x0(x_t, t, x0))
     if prediction.log_prob_grad is not None:
         eps = eps - process.at("sqrt_one_minus_alphas_cumprod", t, x_t) * prediction.log_prob_grad
-        # Where ᾱ = 0, ε says nothing of x̂_0.
-        x0 = torch.where(process.has_signal(t, x_t), process.x0_from_eps(x_t, t, eps), x0)
+        x0 = process.x0_from_eps(x_t, t, eps, otherwise=x0)
     return x0, eps
 
 
@@ -80,12 +79,11 @@ def _descend(
     noise: Noise | None,
 ) -> Iterator[State]:
     x = x_T
-    for step in reversed(range(process.num_timesteps)):
-        t = torch.full((len(x),), step, device=x.device)
+    for t in reversed(range(process.num_timesteps)):
         with torch.no_grad():
-            prediction = denoiser(x, t, condition)
-            x = advance(prediction, noise(step) if noise and step else None)
-        yield State(step, x, prediction)
+            prediction = denoiser(x, torch.full((len(x),), t, device=x.device), condition)
+            x = advance(prediction, noise(t) if noise and t else None)
+        yield State(t, x, prediction)
 
 
 def ddpm(

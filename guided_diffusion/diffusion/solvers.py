@@ -77,21 +77,21 @@ def _multistep(
     widths = [end.lambda_ - start.lambda_ for end, start in itertools.pairwise(nodes)] + [math.inf, math.inf]
     believed: list[Tensor] = []  # x̂_0 of the last two steps, the later one first
     x = start = x_T
-    for step in reversed(range(process.num_timesteps)):
+    for t in reversed(range(process.num_timesteps)):
         with torch.no_grad():
-            prediction = denoiser(x, torch.full((len(x),), step, device=x.device), condition)
+            prediction = denoiser(x, torch.full((len(x),), t, device=x.device), condition)
             x0, _ = ddim_belief(prediction)
             if correct and believed:
                 # The step that led here, once more: now x̂_0 at its end is known.
-                whole = _behind(x0, believed, widths[step + 1], widths[step + 2])
-                x = _advance(start, whole, nodes[step + 2], nodes[step + 1])
+                whole = _behind(x0, believed, widths[t + 1], widths[t + 2])
+                x = _advance(start, whole, nodes[t + 2], nodes[t + 1])
             start = x
             # The last step is infinitely wide: no line leads over it.
-            line = believed and step
-            constant = _ahead(x0, believed[0], widths[step], widths[step + 1]) if line else x0
-            x = _advance(x, constant, nodes[step + 1], nodes[step], noise(step) if noise and step else None)
+            line = believed and t
+            constant = _ahead(x0, believed[0], widths[t], widths[t + 1]) if line else x0
+            x = _advance(x, constant, nodes[t + 1], nodes[t], noise(t) if noise and t else None)
             believed = [x0, *believed[:1]]
-        yield State(step, x, prediction)
+        yield State(t, x, prediction)
 
 
 def dpm_solver_2m(

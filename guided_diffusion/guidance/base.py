@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..diffusion.denoiser import Condition, Denoiser, Prediction, stacked
 from ..diffusion.noise import Samples
-from ..diffusion.process import ForwardProcess, NoiseLevels
+from ..diffusion.process import NoiseLevels
 from ..networks.attention import Attends
 
 NullCondition = Callable[[Condition], Condition]
@@ -33,11 +33,13 @@ class Interval:
         if self.start is not None and self.start < 0:
             raise ValueError(f"guide_start: wanted 0 or more, got {self.start}")
 
-    def contains(self, t: Tensor, num_timesteps: int) -> Tensor:
-        """Which of the steps [N] are guided, [N] bool."""
-        fraction = t.double() / num_timesteps
-        inside = (fraction >= self.low) & (fraction < self.high)
-        return inside if self.start is None else inside & (t < self.start)
+    def contains(self, t: int, num_timesteps: int) -> bool:
+        """Whether the step t of so many is guided."""
+        return self.low <= t / num_timesteps < self.high and (self.start is None or t < self.start)
+
+    def steps(self, num_timesteps: int) -> int:
+        """How many of so many steps are guided."""
+        return sum(self.contains(t, num_timesteps) for t in range(num_timesteps))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,12 +82,40 @@ class Guidance(ABC):
         return 0.0
 
 
-class Step:
-    """One sampling step as guidances see it: the shared predictions, what was recorded, and more passes.
+@dataclass(eq=False)
+class Observation:
+    """What the shared passes of a step have shown: all that a mask is chosen by.
 
-    conditional: ε(x, c), which guidance is added to. base: what guidances degrade, the unconditional ε(x, ∅) where
-    `null` makes its condition (Hong et al., Eq. 25), else the conditional one. Both come from one batch. recorded:
-    attention of the base's rows, by guidance. evaluations: network passes made so far, in units of one pass of x_t.
+    base: what guidances degrade, the unconditional ε(x, ∅) where that pass is made (Hong et al., Eq. 25), else the
+    conditional one. recorded: attention of the base's rows, by guidance and block. samples: which samples the rows are,
+    None where that is not known.
+    """
+
+    base: Prediction
+    recorded: Mapping[Guidance, Mapping[Attends, Tensor]]
+    samples: Samples | None = None
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Which samples the rows are; where that is not known, their places in the batch."""
+        return self.samples.indices if self.samples else range(len(self.base.x_t))
+
+    def uniform(self, count: int) -> Tensor:
+        """Numbers in [0, 1) for masks, [N, count] float64 on the CPU, the same for every guidance of a step.
+
+        A function of sample and step alone; where the samples are not known, from torch's generator.
+        """
+        if self.samples:
+            return self.samples.uniform(self.base.t.tolist(), count)
+        return torch.rand(len(self.base.x_t), count, dtype=torch.float64)
+
+
+class Step(Observation):
+    """One sampling step as guidances see it: what its shared passes have shown, and more passes.
+
+    conditional: ε(x, c), which guidance is added to, from one batch with `base`; without `null`, which makes the
+    condition of the unconditional pass, the two are one. due: the guidances that attention is recorded for.
+    evaluations: network passes made so far, in units of one pass of x_t.
     """
 
     def __init__(
@@ -99,32 +129,18 @@ class Step:
         samples: Samples | None = None,
     ):
         self._denoiser = denoiser
-        self._samples = samples
         self.evaluations = 0
         rows = len(x_t)
         with ExitStack() as stack:
             recorded = {guidance: stack.enter_context(guidance.record()) for guidance in due}
             if null is None:
-                self.base = self.conditional = self.denoise(x_t, t, condition)
+                base = self.conditional = self.denoise(x_t, t, condition)
             else:
-                self.conditional, self.base = self._denoise_both(x_t, t, condition, null(condition))
-        self.recorded = {
+                self.conditional, base = self._denoise_both(x_t, t, condition, null(condition))
+        of_base = {
             guidance: {block: score[-rows:] for block, score in scores.items()} for guidance, scores in recorded.items()
         }
-
-    @property
-    def indices(self) -> Sequence[int]:
-        """Which samples the rows are; where that is not known, their places in the batch."""
-        return self._samples.indices if self._samples else range(len(self.base.x_t))
-
-    def uniform(self, count: int) -> Tensor:
-        """Numbers in [0, 1) for masks, [N, count] float64 on the CPU, the same for every guidance of a step.
-
-        A function of sample and step alone; where the samples are not known, from torch's generator.
-        """
-        if self._samples:
-            return self._samples.uniform(self.base.t.tolist(), count)
-        return torch.rand(len(self.base.x_t), count, dtype=torch.float64)
+        super().__init__(base, of_base, samples)
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """One more network pass."""
@@ -140,64 +156,92 @@ class Step:
         return both.rows(slice(rows), condition), both.rows(slice(rows, None), unconditional)
 
 
+@dataclass(frozen=True, eq=False)
+class Due:
+    """What is due at one step.
+
+    inside: the guidances that act, and at which rows. computed: those of them whose Δ is computed; that of the others
+    is used again. null: makes the condition of the unconditional pass, None where that pass is not made.
+    """
+
+    inside: Mapping[Guidance, Sequence[bool]]
+    computed: Sequence[Guidance]
+    null: NullCondition | None
+
+    @property
+    def evaluations(self) -> int:
+        """Network passes of the step, in units of one pass of x_t."""
+        return 1 + (self.null is not None) + sum(guidance.passes for guidance in self.computed)
+
+
+class Timetable:
+    """Which network passes the steps of one trajectory make.
+
+    Guidances with scale 0, and steps outside a guidance's interval, cost none. Inside the interval of a guidance that
+    needs the unconditional pass, the base is unconditional for all guidances, also where that guidance's own difference
+    is used again: the pass is made at every step where a guidance that uses it is computed.
+    """
+
+    def __init__(self, guidances: Sequence[Guidance], num_timesteps: int):
+        self.guidances = [guidance for guidance in guidances if guidance.scale != 0]
+        if len({guidance.unconditional_by() for guidance in self.guidances} - {None}) > 1:
+            raise ValueError("guidances with different null conditions cannot share the unconditional pass")
+        self._num_timesteps = num_timesteps
+        self._steps_guided = dict.fromkeys(self.guidances, 0)
+
+    def next(self, times: Sequence[int]) -> Due:
+        """What is due at the step that follows, with its rows at `times`."""
+        rows = {g: [g.interval.contains(t, self._num_timesteps) for t in times] for g in self.guidances}
+        inside = {guidance: inside for guidance, inside in rows.items() if any(inside)}
+        computed = [guidance for guidance in inside if self._steps_guided[guidance] % guidance.every == 0]
+        null = None
+        if any(guidance.uses_base for guidance in computed):
+            null = next((asked for guidance in inside if (asked := guidance.unconditional_by())), None)
+        for guidance in inside:
+            self._steps_guided[guidance] += 1
+        return Due(inside, computed, null)
+
+
 def evaluations(guidances: Sequence[Guidance], num_timesteps: int) -> int:
     """The network evaluations that a trajectory of so many steps takes, counted without making any."""
-    guidances = [guidance for guidance in guidances if guidance.scale != 0]
-    guided, total = dict.fromkeys(guidances, 0), 0
-    for t in reversed(range(num_timesteps)):
-        active = [g for g in guidances if bool(g.interval.contains(torch.tensor([t]), num_timesteps))]
-        due = [g for g in active if guided[g] % g.every == 0]
-        unconditional = any(g.unconditional_by() for g in active) and any(g.uses_base for g in due)
-        total += 1 + unconditional + sum(g.passes for g in due)
-        for guidance in active:
-            guided[guidance] += 1
-    return total
+    timetable = Timetable(guidances, num_timesteps)
+    return sum(timetable.next([t]).evaluations for t in reversed(range(num_timesteps)))
 
 
 class GuidedDenoiser:
     """A denoiser with guidances added: itself a denoiser, for one trajectory.
 
-    Make a new one for every trajectory: between steps it remembers differences that are used again. Guidances with
-    scale 0, and steps outside a guidance's interval, cost no network pass. Inside the interval of a guidance that needs
-    the unconditional pass, `step.base` is unconditional for all guidances, also where that guidance's own difference is
-    used again: the pass is made at every step where a guidance that uses it is computed. `last_step` is the newest
-    Step; `evaluations` counts network passes of the whole trajectory. samples: which samples the rows are, for masks
-    that belong to a sample.
+    Make a new one for every trajectory: between steps it remembers differences that are used again. `last_step` is the
+    newest Step; `evaluations` counts network passes of the whole trajectory. samples: which samples the rows are, for
+    masks that belong to a sample.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        process: ForwardProcess | NoiseLevels,
+        process: NoiseLevels,
         guidances: Sequence[Guidance] = (),
         samples: Samples | None = None,
     ):
         self._denoiser = denoiser
-        self._process = process
         self._samples = samples
-        self._guidances = [guidance for guidance in guidances if guidance.scale != 0]
-        if len({guidance.unconditional_by() for guidance in self._guidances} - {None}) > 1:
-            raise ValueError("guidances with different null conditions cannot share the unconditional pass")
-        self._steps_guided = dict.fromkeys(self._guidances, 0)
+        self._timetable = Timetable(guidances, process.num_timesteps)
         self._differences: dict[Guidance, Tensor] = {}
         self.last_step: Step | None = None
         self.evaluations = 0
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        inside = {g: g.interval.contains(t, self._process.num_timesteps) for g in self._guidances}
-        active = [g for g in self._guidances if inside[g].any()]
-        due = [g for g in active if self._steps_guided[g] % g.every == 0]
-        null = None
-        if any(g.uses_base for g in due):
-            null = next((asked for g in active if (asked := g.unconditional_by())), None)
-        step = self.last_step = Step(self._denoiser, x_t, t, condition, due, null, self._samples)
+        # The device is read once a step, and not at all where nothing guides.
+        due = self._timetable.next(t.tolist() if self._timetable.guidances else ())
+        step = self.last_step = Step(self._denoiser, x_t, t, condition, due.computed, due.null, self._samples)
         eps, x0 = step.conditional.eps, step.conditional.raw_x0
-        for guidance in active:
-            if guidance in due:
+        for guidance, inside in due.inside.items():
+            if guidance in due.computed:
                 self._differences[guidance] = guidance.difference(step)
-            self._steps_guided[guidance] += 1
-            weight = guidance.scale * inside[guidance].reshape(-1, *[1] * (x_t.ndim - 1))
+            weight = guidance.scale
+            if not all(inside):
+                weight = weight * torch.tensor(inside, device=x_t.device).reshape(-1, *[1] * (x_t.ndim - 1))
             eps = eps + weight * self._differences[guidance]
             x0 = x0 + weight * guidance.x0_difference(step)
         self.evaluations += step.evaluations
-        return step.conditional.with_eps(eps, otherwise=x0) if active else step.conditional
+        return step.conditional.with_eps(eps, otherwise=x0) if due.inside else step.conditional

@@ -142,7 +142,7 @@ def describe_guidance(
     acting = [guidance for guidance in guidances if guidance.scale]
     if not acting:
         return "self-attention guidance: off"
-    steps = int(acting[0].interval.contains(torch.arange(num_timesteps), num_timesteps).sum())
+    steps = acting[0].interval.steps(num_timesteps)
     at = f"{steps} of {num_timesteps} steps" + (f", every {config.guide_every}" if config.guide_every > 1 else "")
     lines = []
     if config.scale:

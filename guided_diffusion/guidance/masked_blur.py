@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Prediction
-from .base import Guidance, Step
+from .base import Guidance, Observation, Step
 from .blur import check_blur, gaussian_blur
 from .masks import Masking, upsampled
 
@@ -33,7 +33,7 @@ class MaskedBlur(Guidance):
             raise ValueError(f"sag_space: wanted eps or model, got {self.space!r}")
 
     @abstractmethod
-    def mask(self, step: Step) -> Tensor:
+    def mask(self, step: Observation) -> Tensor:
         """M_t, which pixels are blurred: [N, 1, H, W] bool."""
 
     def difference(self, step: Step) -> Tensor:
@@ -57,5 +57,5 @@ class MaskGuidance(MaskedBlur):
 
     masking: Masking
 
-    def mask(self, step: Step) -> Tensor:
+    def mask(self, step: Observation) -> Tensor:
         return upsampled(self.masking(step), step.base.x_t.shape[2:])

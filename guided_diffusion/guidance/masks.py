@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Step
+from .base import Observation
 
-Masking = Callable[[Step], Tensor]
+Masking = Callable[[Observation], Tensor]
 """Chooses the pixels of a step that are degraded: [N, 1, H, W] bool, or [N, 1, h, w] of another size, upsampled."""
 
 ROUNDING = 2e-6
@@ -42,7 +42,7 @@ def top_share(score: Tensor, share: float) -> Tensor:
     return chosen.reshape(n, 1, height, width)
 
 
-def everywhere(step: Step) -> Tensor:
+def everywhere(step: Observation) -> Tensor:
     """All pixels: blur guidance (Hong et al., Table 5, global)."""
     return torch.ones_like(step.base.x_t[:, :1], dtype=torch.bool)
 
@@ -68,7 +68,7 @@ class HighFrequency(_Share):
 
     cutoff: float = 0.125
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Observation) -> Tensor:
         x0 = step.base.x0.float()
         height, width = x0.shape[2:]
         # Mirrored, so that opposite borders that differ do not count as detail.
@@ -91,7 +91,7 @@ class RandomCells(_Share):
 
     cells: int = 32
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Observation) -> Tensor:
         grid = [min(self.cells, side) for side in step.base.x_t.shape[2:]]
         chosen = top_share(step.uniform(math.prod(grid)).reshape(-1, *grid), self.share)
         return chosen.to(step.base.x_t.device)
@@ -104,7 +104,7 @@ class CentredSquare(_Share):
     The number of pixels is exact: an outermost ring that is not needed whole is filled in reading order.
     """
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Observation) -> Tensor:
         x = step.base.x_t
         down, across = (torch.arange(side, device=x.device) - (side - 1) / 2 for side in x.shape[2:])
         distance = torch.maximum(down.abs()[:, None], across.abs())
@@ -127,6 +127,6 @@ class GivenMaps(_Share):
         if not self.maps.isfinite().all():
             raise ValueError("maps: holds numbers that are not finite")
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Observation) -> Tensor:
         maps = self.maps[torch.as_tensor(step.indices) % len(self.maps)].to(step.base.x_t.device)
         return maps[:, None] if maps.dtype is torch.bool else top_share(maps, self.share)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..diffusion.denoiser import Prediction
 from ..networks.attention import Attends, record_attention, split_legacy
-from .base import Step
+from .base import Observation
 from .masked_blur import MaskedBlur
 from .masks import attention_mask
 
@@ -45,7 +45,7 @@ class SelfAttentionGuidance(MaskedBlur):
             return record_attention(self.block)
         return record_attention(self.block, split=partial(split_legacy, num_heads=self.reference_heads))
 
-    def mask(self, step: Step) -> Tensor:
+    def mask(self, step: Observation) -> Tensor:
         """M_t = 1(A_t > ψ), [N, 1, H, W] bool."""
         score = step.recorded[self][self.block]
         return attention_mask(score, step.base.x_t.shape[2:], self.threshold)

@@ -116,7 +116,12 @@ def make_ready(network: UNetModel | EncoderUNetModel, use_fp16: bool, compiled: 
 
 
 def fill_at_random(network: nn.Module, device: torch.device) -> None:
-    """Numbers of no meaning for a network built on the meta device: to measure its speed without its weights."""
+    """Numbers of no meaning for a network built on the meta device: to measure its speed without its weights.
+
+    On the meta device there are none to fill in: such a network says what a run would do, and cannot be called.
+    """
+    if device.type == "meta":
+        return
     network.to_empty(device=device)
     for tensor in network.state_dict().values():
         tensor.normal_(std=0.02)

@@ -4,6 +4,7 @@ from collections.abc import Container
 from dataclasses import fields
 from typing import NamedTuple
 
+from .analysis import ReportConfig
 from .guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
 from .model import OF_OTHER_SIZES, ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResolutionConfig
 from .sampling import LikelihoodConfig, SamplingConfig, UpsamplingConfig
@@ -34,6 +35,7 @@ SCRIPTS = {
     "classifier_train": Script((ClassifierTrainingConfig, ClassifierConfig, *MODEL), OF_OTHER_NETWORKS),
     "super_res_train": Script((TrainingConfig, SuperResolutionConfig, *MODEL), OF_OTHER_SIZES),
     "image_nll": Script((LikelihoodConfig, *MODEL)),
+    "attention_report": Script((ReportConfig, SamplingConfig, *GUIDANCE, *MODEL)),
 }
 
 

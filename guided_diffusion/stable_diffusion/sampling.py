@@ -177,7 +177,7 @@ class LatentPipeline:
         if not self.guidances:
             return "; ".join([*parts, "self-attention guidance: off"])
         [sag] = self.guidances
-        steps = int(sag.interval.contains(torch.arange(self.num_steps), self.num_steps).sum())
+        steps = sag.interval.steps(self.num_steps)
         parts.append(
             f"self-attention guidance: s = {sag.scale:g}, ψ = {sag.threshold:g}, σ = {sag.blur_sigma:g} in "
             f"{sag.space}, {steps} of {self.num_steps} calls"

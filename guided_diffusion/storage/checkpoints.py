@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .fetch import local_path
 from .files import write_atomically
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def save_atomically(state: Any, path: str | Path) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load_state_dict(path: str) -> State:
+def load_state_dict(path: str) -> StateDict:
     """Tensors by name from a `.pt` (zip or older format, `weights_only`) or `.safetensors` file.
 
     path: local or an address (`https://`, `gs://`, …), which is fetched once into the cache. Tensors may be mapped from
@@ -47,7 +47,7 @@ def load_state_dict(path: str) -> State:
     return _state_of(_load_safetensors(file) if path.endswith(".safetensors") else read_pt(file), path)
 
 
-def _load_safetensors(file: Path) -> State:
+def _load_safetensors(file: Path) -> StateDict:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
@@ -72,7 +72,7 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(part, Tensor) for part in value.values())
 
 
-def _state_of(loaded: Any, path: str) -> State:
+def _state_of(loaded: Any, path: str) -> StateDict:
     if isinstance(loaded, dict) and not _is_state(loaded):
         if "param_groups" in loaded:
             raise ValueError(
@@ -100,7 +100,7 @@ def _beside(file: Path, *beginnings: str) -> str:
     return f"; beside it: {', '.join(others)}" if others else ""
 
 
-def misfit(network: nn.Module, state: State) -> str:
+def misfit(network: nn.Module, state: StateDict) -> str:
     """How the tensors of `state` differ from the network's: how many of each kind and the first; empty if not."""
     own = network.state_dict()
     missing = [name for name in own if name not in state]

@@ -1,16 +1,39 @@
-"""Pictures that compare samples from the same noise without and with guidance, and where the guidance looked."""
+"""Samples from the same noise without and with guidance: pictures, where the guidance looked, and distances."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from evaluations.ranks import BadInputError
 
 from ..diffusion.samplers import State
 from ..guidance.base import GuidedDenoiser
 from ..guidance.masked_blur import MaskedBlur
 from ..runs.pipeline import ImagePipeline
+from ..runs.prepare import Prepared
+from ..runs.ranks import Job
+from ..runs.run import run
+from ..settings.guidance import GuidanceConfig
+from ..settings.shipped import shipped
 from ..storage import pictures
+from ..storage.files import write_atomically
+from .page import measured
+from .report import TITLES
+
+SHOWN = 8
+SHOWN_WIDTH = 640
+PICTURES = ("unguided", "mask", "guided")
+"""What is drawn beside the samples of a row: the first SHOWN of them, SHOWN_WIDTH pixels wide at most."""
+
+MODELS = shipped("models")
+REFERENCES = {"train": "training pictures", "held_out": "held-out pictures"}
+"""The embedded data set's parts, for the distances of the embedded model's samples."""
 
 
 class MaskCounter:
@@ -56,3 +79,89 @@ def same_noise(pipeline: ImagePipeline, count: int) -> SameNoise:
     unguided = made(replace(pipeline, guidances=(), cond_fn=None))
     guided = made(pipeline, counter)
     return SameNoise(unguided, counter.share if counter else None, guided)
+
+
+def draw(pipeline: ImagePipeline, folder: Path) -> None:
+    """Write the pictures of a run's first samples, unguided, mask and guided, once; none if it is unguided."""
+    if not any(guidance.scale for guidance in pipeline.guidances) and not pipeline.cond_fn:
+        return
+    if (folder / "guided.png").exists():
+        return
+    seen = same_noise(pipeline, SHOWN)
+    share = pictures.heat(seen.share) if seen.share is not None else None
+    for name, images in zip(PICTURES, (seen.unguided, share, seen.guided), strict=True):
+        if images is not None:
+            grid = pictures.grid(images, min(SHOWN // 2, len(images)))
+            pictures.save_png(pictures.enlarge(grid, SHOWN_WIDTH), folder / f"{name}.png")
+
+
+def drawn(folder: Path) -> tuple[bytes, bytes | None, bytes] | None:
+    """The PNGs that `draw` left: unguided, mask if there is one, and guided."""
+    unguided, mask, guided = (
+        path.read_bytes() if (path := folder / f"{name}.png").exists() else None for name in PICTURES
+    )
+    return (unguided, mask, guided) if unguided and guided else None
+
+
+def compare(unguided: Prepared, guided: Prepared, guidance: GuidanceConfig, folder: Path, job: Job) -> str:
+    """Make both runs, and leave comparison.png and summary.txt in a folder; returns the summary.
+
+    guided: of one guidance with a mask, by its settings.
+    """
+    pipeline = guided.pipeline
+    masks = MaskCounter(pipeline.guidances[0], pipeline.num_samples, pipeline.side)
+    store, about_unguided = run(unguided.pipeline, unguided.settings, unguided.guidance_line, job)
+    before = store.first(pipeline.num_samples)
+    store, about_guided = run(pipeline, guided.settings, guided.guidance_line, job, masks)
+    after = store.first(pipeline.num_samples)
+
+    by_attention = guidance.sag_mask == "self-attention"
+    mask = "attention" if by_attention else Path(guidance.sag_mask).stem
+    chooser = guidance.block_name if by_attention else f"the {mask} mask"
+    pictures.save_png(pictures.comparison(before, masks.share, after, mask), folder / "comparison.png")
+    change = np.abs(before.astype(float) - after).mean()
+    of_runs = [
+        f"  {name:<9} {about['network_evaluations_per_sample']:g} network evaluations each, {about['seconds']:.1f} s"
+        for name, about in (("unguided:", about_unguided), ("guided:", about_guided))
+    ]
+    config = pipeline.config
+    lines = [
+        f"{config.num_samples} samples of {Path(config.model_path).name}, {pipeline.num_steps} steps, "
+        f"seed {config.seed}",
+        *of_runs,
+        f"  {chooser} selects {masks.share.mean():.0%} of the pixels; guidance "
+        f"changes a pixel by {change:.1f} of 255 on average",
+        f"  look at {folder / 'comparison.png'}",
+        *(_distances(unguided.pipeline.config.out_dir, config.out_dir) if pipeline.side == 32 else []),
+        "This small model on few pictures checks the software; it is no evidence about self-attention guidance.",
+    ]
+    text = "\n".join(lines) + "\n"
+    write_atomically(folder / "summary.txt", lambda file: file.write(text.encode()))
+    return text
+
+
+def _distances(unguided: str, guided: str) -> list[str]:
+    """Lines about how far two runs are from the embedded pictures, beside the committed distances of many samples."""
+    from evaluations.judge import Settings, judge
+
+    lines = []
+    with TemporaryDirectory() as cache:
+        for reference, title in REFERENCES.items():
+            results = {}
+            for name, folder in (("unguided", unguided), ("guided", guided)):
+                images = str(MODELS / f"emoji32_{reference}.npz")
+                try:
+                    results[name] = judge(Settings(images, folder, features="emoji", cache=Path(cache)))
+                except BadInputError as refusal:
+                    return [f"No distances: {refusal}"]
+                committed = MODELS / "distances" / f"{name}_{reference}.json"
+                results[f"{name}, committed"] = json.loads(committed.read_text())
+            lines.append(f"Against the {title} (emoji features, value ± standard error):")
+            lines += [f"  {name:<20} N = {result['n']:<6}{_metrics(result)}" for name, result in results.items()]
+    return lines
+
+
+def _metrics(result: Mapping[str, Any]) -> str:
+    """The metrics of an evaluation in one line."""
+    names = ("frechet_distance", "precision", "recall")
+    return ", ".join(f"{TITLES[name]} {measured(result['metrics'].get(name))}" for name in names)

@@ -1,7 +1,10 @@
 """Plans: files that name runs row by row, what is published for each, and what they are measured against."""
 
+import fnmatch
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,12 @@ import yaml
 
 from ..settings.options import read_yaml
 from ..settings.shipped import shipped, shipped_yaml
+from ..storage.files import is_address
 
 TABLES = shipped("tables")
+
+WEIGHTS = ("model_path", "classifier_path")
+"""Settings that name a checkpoint."""
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "frechet_distance")
 COSTS = ("memory_mb", "seconds", "relative_time")
@@ -39,16 +46,36 @@ class Row:
     missing: str = ""
     same_as: str = ""
 
+    @cached_property
+    def all_settings(self) -> dict[str, Any]:
+        """What its files and its flags say, the later one winning."""
+        return {key: value for values in (*map(read_yaml, self.config), self.settings) for key, value in values.items()}
+
     @property
     def script(self) -> str:
         """The sampling script of the row: classifier_sample where a classifier is named, else image_sample."""
-        keys = set(self.settings).union(*map(read_yaml, self.config))
-        return "classifier_sample" if "classifier_path" in keys else "image_sample"
+        return "classifier_sample" if "classifier_path" in self.all_settings else "image_sample"
+
+    @property
+    def addresses(self) -> list[str]:
+        """The remote files that it needs: checkpoints, and what it is measured against."""
+        settings = self.all_settings
+        paths = [*(str(settings.get(key, "")) for key in WEIGHTS), self.reference]
+        return [path for path in paths if is_address(path)]
 
     def arguments(self) -> list[str]:
-        """The flags of the script, as a user would type them."""
+        """The flags of the script."""
         files = [part for path in self.config for part in ("--config", path)]
         return files + [part for key, value in self.settings.items() for part in (f"--{key}", str(value))]
+
+    @property
+    def command(self) -> str:
+        """What a user would type in the project's folder."""
+        return f"python scripts/{self.script}.py {shlex.join(self.arguments())}"
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Row":
+        """The row with other flags."""
+        return replace(self, settings={**self.settings, **settings})
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,14 @@ class Plan:
     pr_dtype: str = "fp16"
     common_n: int = 0
     groups: Mapping[str, str] = field(default_factory=dict)
+
+    def chosen(self, patterns: str) -> list[Row]:
+        """The rows that patterns like `unguided,sag_*` ask for by name; a ValueError if one asks for none."""
+        names = [row.name for row in self.rows]
+        for pattern in patterns.split(","):
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"--rows: no row is called {pattern!r}; there are {', '.join(names)}")
+        return [row for row in self.rows if any(fnmatch.fnmatch(row.name, wanted) for wanted in patterns.split(","))]
 
 
 def _of_type(where: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> Any:

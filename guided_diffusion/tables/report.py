@@ -1,10 +1,10 @@
 """A plan's results for people: Markdown, and one self-contained HTML page with curves and pictures to compare."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from ..settings.shipped import how_to_install
-from . import page
+from .page import Section, as_markdown, measured, templates
 
 TITLES = {
     "fid": "FID",
@@ -25,13 +25,6 @@ Result = Mapping[str, Any]
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _measured(measured: Mapping[str, float | None] | None) -> str:
-    if measured is None:
-        return "–"
-    error = "" if measured["error"] is None else f" ± {measured['error']:.2f}"
-    return f"{measured['value']:.2f}{error}"
 
 
 def _used(rows: Sequence[Result]) -> list[str]:
@@ -57,15 +50,15 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
     for row in rows:
         line = [row["label"]]
         for name in metrics:
-            measured = row["metrics"].get(name)
+            found = row["metrics"].get(name)
             if name not in published:
-                line.append(_measured(measured))
+                line.append(measured(found))
                 continue
             known = name in row["published"]
             there = row["published"].get(name)
-            difference = f"{measured['value'] - there:+.2f}" if measured and there is not None else "–"
-            line += [_number(there) if known else "–", _measured(measured), difference]
-        line += [_measured(row["common"].get(distance))] if distance else []
+            difference = f"{found['value'] - there:+.2f}" if found and there is not None else "–"
+            line += [_number(there) if known else "–", measured(found), difference]
+        line += [measured(row["common"].get(distance))] if distance else []
         rate = row.get("images_per_s")
         cost = row.get("network_evaluations_per_sample")
         gradients = row.get("classifier_gradients_per_sample")
@@ -74,13 +67,6 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
         line += [row.get("fidelity") or "–", (row["reason"] and f"not run: {row['reason']}") or row["note"]]
         cells.append(line)
     return head, cells
-
-
-def _groups(results: Mapping[str, Any]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for row in results["rows"]:
-        groups.setdefault(row["group"], []).append(row)
-    return groups
 
 
 def _at_common_n(row: Result) -> tuple[str, Mapping[str, float | None]] | None:
@@ -99,8 +85,8 @@ def equal_cost(results: Mapping[str, Any]) -> list[tuple[float, list[Result]]]:
     """
     by_cost: dict[float, list[Result]] = {}
     for row in results["rows"]:
-        measured = row["metrics"] and _at_common_n(row) and not row["same_as"]
-        if measured and not row.get("classifier_gradients_per_sample"):
+        compares = row["metrics"] and _at_common_n(row) and not row["same_as"]
+        if compares and not row.get("classifier_gradients_per_sample"):
             by_cost.setdefault(round(row["network_evaluations_per_sample"]), []).append(row)
     return [
         (cost, sorted(rows, key=lambda row: _at_common_n(row)[1]["value"]))
@@ -133,40 +119,8 @@ def _introduction(results: Mapping[str, Any]) -> list[str]:
     return lines + ([f"Not comparable to published numbers: {'; '.join(because)}."] if because else [])
 
 
-def _cost_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for cost, tied in equal_cost(results):
-        for row in tied:
-            name, measured = _at_common_n(row)
-            n = results["common_n"] if row["common"] else row["n"]
-            rows.append([f"{cost:g}", row["label"], f"{TITLES[name]} {_measured(measured)}", str(n)])
-    return ["network evaluations", "row", "distance", "N"], rows
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table of texts as lines of Markdown."""
-    return [" | ".join(["", *cells, ""]).strip() for cells in (head, ["---"] * len(head), *rows)]
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The report as text."""
-    lines = [f"# {results['title']}", ""]
-    for text in _introduction(results):
-        lines += [text, ""]
-    for group, rows in _groups(results).items():
-        lines += [f"## {results['groups'].get(group, group)}", ""] if group else []
-        lines += [*markdown_table(*group_table(rows, results["common_n"])), ""]
-    head, rows = _cost_table(results)
-    if rows:
-        lines += ["## At an equal number of network evaluations", "", *markdown_table(head, rows), ""]
-    return "\n".join(lines)
-
-
-def curve(rows: Sequence[Result], title: str) -> str:
-    """Distance against the parameter of a group's rows as an SVG; empty where there are fewer than two points."""
-    points = sorted((row["x"], *_at_common_n(row)) for row in rows if row["x"] is not None and _at_common_n(row))
-    if len(points) < 2:
-        return ""
+def _curve(points: Sequence[tuple[float, str, Mapping[str, float | None]]], title: str) -> Any:
+    """Distances by the parameter that varies, as a figure of matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
@@ -176,7 +130,41 @@ def curve(rows: Sequence[Result], title: str) -> str:
     axes.errorbar(x, y, yerr=[point[2]["error"] or 0 for point in points], marker="o", capsize=3)
     axes.set(xlabel=title, ylabel=TITLES[points[0][1]])
     axes.grid(alpha=0.3)
-    return page.svg(figure)
+    return figure
+
+
+def _of_group(rows: Sequence[Result], title: str, common_n: int) -> Section:
+    """A group's table, and the curve of its rows' distances where two or more have an x."""
+    points = [(row["x"], *_at_common_n(row)) for row in rows if row["x"] is not None and _at_common_n(row)]
+    points.sort(key=lambda point: point[0])
+    plot = partial(_curve, points, title) if len(points) > 1 else None
+    return Section(title, "", *group_table(rows, common_n), plot=plot)
+
+
+def _of_equal_cost(results: Mapping[str, Any]) -> list[Section]:
+    """A table of the rows that took the same number of network evaluations, if there are any."""
+    rows = []
+    for cost, tied in equal_cost(results):
+        for row in tied:
+            name, found = _at_common_n(row)
+            n = results["common_n"] if row["common"] else row["n"]
+            rows.append([f"{cost:g}", row["label"], f"{TITLES[name]} {measured(found)}", str(n)])
+    head = ["network evaluations", "row", "distance", "N"]
+    return [Section("At an equal number of network evaluations", "", head, rows)] if rows else []
+
+
+def _sections(results: Mapping[str, Any]) -> list[Section]:
+    groups: dict[str, list[Result]] = {}
+    for row in results["rows"]:
+        groups.setdefault(row["group"], []).append(row)
+    titles = results["groups"]
+    tables = [_of_group(rows, titles.get(group, group), results["common_n"]) for group, rows in groups.items()]
+    return tables + _of_equal_cost(results)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The report as text."""
+    return as_markdown(results["title"], _introduction(results), _sections(results))
 
 
 def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes | None, bytes]]) -> str:
@@ -184,25 +172,14 @@ def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes |
 
     Curves need matplotlib (the extra `report`); without it the page says so.
     """
-    parts = [page.paragraph(text, note=True) for text in _introduction(results)]
-    for group, rows in _groups(results).items():
-        title = results["groups"].get(group, group)
-        parts += [page.heading(title)] if title else []
-        parts.append(page.table(*group_table(rows, results["common_n"])))
-        try:
-            parts.append(curve(rows, title))
-        except ImportError:
-            parts.append(page.paragraph(f"No curve here: it needs matplotlib, {how_to_install('report')}.", note=True))
-    head, rows = _cost_table(results)
-    if rows:
-        parts += [page.heading("At an equal number of network evaluations"), page.table(head, rows)]
-    if pictures:
-        parts.append(page.heading("The same noise, without and with guidance"))
     labels = {row["name"]: row["label"] for row in results["rows"]}
-    for name, (unguided, mask, guided) in pictures.items():
-        parts.append('<div class="row">')
-        parts.append(page.slider(unguided, guided, f"drag over the picture: left unguided, right {labels[name]}"))
-        if mask:
-            parts.append(page.picture(mask, "in the mask (brighter: at more steps)"))
-        parts.append("</div>")
-    return page.page(results["title"], *parts)
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            title=results["title"],
+            introduction=_introduction(results),
+            sections=_sections(results),
+            pictures=[(labels[name], images) for name, images in pictures.items()],
+        )
+    )

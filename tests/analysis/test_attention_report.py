@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from guided_diffusion.analysis import report as page
 from guided_diffusion.analysis.ranking import Changes, ranking, recommendation, recommended_sigma
 from guided_diffusion.analysis.scrubber import quantised
 from guided_diffusion.analysis.study import AttentionStudy, step_at
@@ -204,6 +205,16 @@ def test_report_leaves_what_it_says(report):
         assert picture.std() > 10
         with Image.open(report / "animations" / f"{number:06d}.webp") as film:
             assert film.n_frames == 2
+
+
+def test_what_the_page_reads_cannot_end_its_script(report):
+    results = json.loads((report / "attention.json").read_text()) | {"title": "<i>"}
+    text = page.html(results, {"blocks": "</script><b>"})
+    assert text.count("</script>") == 2
+    assert "<b>" not in text
+    assert "<i>" not in text
+    data = text.split('<script type="application/json">')[1].split("</script>")[0]
+    assert json.loads(data) == {"blocks": "</script><b>"}
 
 
 PROBE = """<script>

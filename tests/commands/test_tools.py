@@ -43,6 +43,12 @@ def test_the_demo_leaves_what_the_readme_says(tmp_path, capsys):
         assert re.search(rf"{name}, committed +N = 2000 +Fréchet distance [\d.]+ ± [\d.]+, precision", said)
 
 
+def test_the_demo_says_why_there_are_no_distances(tmp_path, capsys):
+    run("demo", num_samples=1, timestep_respacing=2, out_dir=tmp_path / "demo")
+    assert "No distances: " in capsys.readouterr().out
+    assert "wanted 2 images or more, got 1" in (tmp_path / "demo" / "summary.txt").read_text()
+
+
 def test_the_demo_needs_guidance(capsys, tmp_path):
     assert "sag_scale" in refused(capsys, "demo", sag_scale=0, out_dir=tmp_path / "demo")
 

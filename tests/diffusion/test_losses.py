@@ -18,7 +18,6 @@ from guided_diffusion.training.schedule_sampler import LossSecondMomentSampler
 STEPS = 50
 X0 = torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
 NOISE = torch.randn(X0.shape, generator=torch.Generator().manual_seed(1))
-MEAN_TYPES = [ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.PREVIOUS_X]
 
 
 def diffusion_of(loss_type, mean_type=ModelMeanType.EPSILON, var_type=ModelVarType.LEARNED_RANGE):
@@ -57,11 +56,12 @@ def truth(diffusion, t):
     return {
         ModelMeanType.EPSILON: NOISE,
         ModelMeanType.START_X: X0,
+        ModelMeanType.VELOCITY: diffusion.process.velocity(X0, t, NOISE),
         ModelMeanType.PREVIOUS_X: diffusion.process.q_posterior_mean(X0, x_t, t),
     }[diffusion.model_mean_type]
 
 
-@pytest.mark.parametrize("mean_type", MEAN_TYPES)
+@pytest.mark.parametrize("mean_type", ModelMeanType)
 def test_a_network_that_knows_everything_has_no_loss(mean_type):
     """The squared error is 0; so is the bound where the variance is the posterior's (the lower end of its range)."""
     t = torch.tensor([1, 10, 30, STEPS - 1])
@@ -74,7 +74,7 @@ def test_a_network_that_knows_everything_has_no_loss(mean_type):
             torch.testing.assert_close(value, torch.zeros(4), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("mean_type", MEAN_TYPES)
+@pytest.mark.parametrize("mean_type", ModelMeanType)
 def test_the_squared_error_is_that_of_what_the_network_predicts(mean_type):
     diffusion = diffusion_of(LossType.MSE, mean_type, ModelVarType.FIXED_LARGE)
     t = torch.tensor([0, 10, 30, STEPS - 1])

@@ -166,7 +166,7 @@ def test_tables_survive_the_meta_device():
     torch.testing.assert_close(rows.flatten(), torch.tensor([0.001, 0.2]))
 
 
-@pytest.mark.parametrize("mean_type", [kind for kind in ModelMeanType if kind is not ModelMeanType.VELOCITY])
+@pytest.mark.parametrize("mean_type", ModelMeanType)
 @pytest.mark.parametrize("var_type", ModelVarType)
 def test_every_parametrisation_says_the_same(mean_type, var_type):
     """A network that knows ε, said as each mean type, gives the same x̂_0, ε and posterior mean."""
@@ -177,6 +177,7 @@ def test_every_parametrisation_says_the_same(mean_type, var_type):
         ModelMeanType.EPSILON: EPS,
         ModelMeanType.START_X: X0,
         ModelMeanType.PREVIOUS_X: process.q_posterior_mean(X0, x_t, t),
+        ModelMeanType.VELOCITY: process.velocity(X0, t, EPS),
     }[mean_type]
     extra = torch.full_like(X0, -0.4)
     output = torch.cat([said, extra], dim=1) if var_type.learned else said
@@ -237,7 +238,7 @@ def test_noise_levels_of_any_scale_say_the_same(scale, mean_type):
     torch.testing.assert_close(again[known], x_t[known], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mean_type", [ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.PREVIOUS_X])
+@pytest.mark.parametrize("mean_type", ModelMeanType)
 def test_a_prediction_tells_the_output_it_stands_for(mean_type):
     process = ForwardProcess(get_named_beta_schedule("linear", 100))
     t = torch.tensor([30, 60])
@@ -246,9 +247,13 @@ def test_a_prediction_tells_the_output_it_stands_for(mean_type):
         ModelMeanType.EPSILON: EPS,
         ModelMeanType.START_X: X0,
         ModelMeanType.PREVIOUS_X: process.q_posterior_mean(X0, x_t, t),
+        ModelMeanType.VELOCITY: process.velocity(X0, t, EPS),
     }[mean_type]
     prediction = NetworkDenoiser(lambda x, steps: said, process, mean_type, ModelVarType.FIXED_LARGE)(x_t, t, {})
-    assert torch.equal(prediction.output, said)
+    if mean_type is ModelMeanType.VELOCITY:
+        torch.testing.assert_close(prediction.output, said)
+    else:
+        assert torch.equal(prediction.output, said)
     other = NetworkDenoiser(lambda x, steps: said + 0.1, process, mean_type, ModelVarType.FIXED_LARGE)(x_t, t, {})
     moved = prediction.with_output(said + 0.1)
     for name in ("eps", "raw_x0", "mean"):
@@ -266,6 +271,40 @@ def test_where_no_signal_is_left_x0_is_kept():
     guided = moved.with_eps(EPS + 1, otherwise=X0 + 2)
     assert torch.equal(guided.raw_x0[0], X0[0] + 2)
     assert torch.equal(guided.raw_x0[1], moved.raw_x0[1])
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        ForwardProcess(np.array([0.1, 0.5, 1.0])),
+        NoiseLevels([0.9, 0.6, 0.0], [0.436, 0.8, 1.0], torch.arange(3)),
+    ],
+    ids=["forward process", "noise levels"],
+)
+def test_where_no_signal_is_left_x_t_is_the_noise(process):
+    t = torch.tensor([2, 1])
+    x_t = process.q_sample(X0, t, EPS)
+    assert torch.equal(process.eps_from_x0(x_t, t, X0)[0], x_t[0])
+    torch.testing.assert_close(process.eps_from_x0(x_t, t, X0), EPS)
+    found = process.x0_from_eps(x_t, t, EPS)
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found[1], X0[1], atol=1e-5, rtol=1e-5)
+    kept = process.x0_from_eps(x_t, t, EPS, otherwise=X0 + 2)
+    assert torch.equal(kept[0], X0[0] + 2)
+    assert torch.equal(kept[1], found[1])
+
+
+def test_x0_and_eps_are_rounded_as_guided_diffusion_rounds_them():
+    process = ForwardProcess(get_named_beta_schedule("cosine", 4000), range(0, 4000, 16))
+    t = torch.arange(250)
+    x_t, eps = torch.randn(2, 250, 3, generator=torch.Generator().manual_seed(2))
+    recip, recipm1 = (
+        torch.from_numpy(table).float()[:, None]
+        for table in (process.sqrt_recip_alphas_cumprod, process.sqrt_recipm1_alphas_cumprod)
+    )
+    x0 = process.x0_from_eps(x_t, t, eps)
+    assert torch.equal(x0, recip * x_t - recipm1 * eps)
+    assert torch.equal(process.eps_from_x0(x_t, t, x0), (recip * x_t - x0) / recipm1)
 
 
 def test_a_network_without_variance_is_told_from_one_with():

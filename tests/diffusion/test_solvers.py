@@ -180,7 +180,7 @@ def test_a_classifier_leads_to_the_data_of_its_class(name):
     assert last.x.std().item() == pytest.approx(STD * spread / total**0.5, rel=0.03)
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", ["ddim", *NEW])
 @pytest.mark.parametrize("guided_by_classifier", [False, True])
 def test_a_process_that_begins_without_signal(name, guided_by_classifier):
     """Zero terminal SNR, λ_T = −∞: the first step mixes x̂_0 and pure noise, and nothing is remembered of its width."""
@@ -190,8 +190,11 @@ def test_a_process_that_begins_without_signal(name, guided_by_classifier):
         denoiser = with_classifier(denoiser, lambda x, _: 0.1 * x)
     x_T = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(6))
     noises = torch.randn(8, 2, 1, 4, 4, generator=torch.Generator().manual_seed(7))
-    states = list(NEW[name](denoiser, process, x_T, {}, lambda step: noises[step]))
+    states = list(SAMPLERS[name](denoiser, process, x_T, {}, lambda step: noises[step]))
+    assert torch.equal(states[0].prediction.eps, x_T)
     fresh = noises[7] if name == "dpm++2m-sde" else x_T
+    if name == "ddim" and guided_by_classifier:
+        fresh = x_T - 0.1 * x_T  # ε moves against the gradient
     wanted = process.q_sample(torch.tanh(x_T), torch.full((2,), 6), fresh)
     torch.testing.assert_close(states[0].x, wanted, atol=1e-6, rtol=1e-6)
     if name == "dpm++2m":

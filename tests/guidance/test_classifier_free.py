@@ -7,7 +7,7 @@ import torch
 
 from guided_diffusion.diffusion.denoiser import Prediction, stacked
 from guided_diffusion.diffusion.process import ForwardProcess, get_named_beta_schedule
-from guided_diffusion.guidance.base import Guidance, GuidedDenoiser, Interval
+from guided_diffusion.guidance.base import Guidance, GuidedDenoiser, Interval, evaluations
 from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
@@ -140,6 +140,7 @@ def test_passes_with_reuse_and_intervals(guidances, calls):
         guided(X, torch.full((2,), step), Y)
         made.append(guided.evaluations - before)
     assert made == calls
+    assert evaluations(guidances, 4) == sum(calls)
 
 
 def test_the_base_does_not_change_with_reuse():
@@ -193,3 +194,5 @@ def test_two_null_conditions_are_refused():
     other = ClassifierFreeGuidance(scale=1.0, null=null_class(0))
     with pytest.raises(ValueError, match="different null conditions"):
         GuidedDenoiser(Analytic(), PROCESS, [cfg(), other])
+    with pytest.raises(ValueError, match="different null conditions"):
+        evaluations([cfg(), other], 4)

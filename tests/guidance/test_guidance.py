@@ -163,6 +163,7 @@ def test_sigma_zero_is_no_guidance(small):
 )
 def test_interval(small, interval, guided_steps):
     network, diffusion = small
+    assert interval.steps(8) == len(guided_steps)
     for step in range(8):
         _, _, guided = predict(network, diffusion, [sag(network, interval=interval)], step)
         assert guided.evaluations == (2 if step in guided_steps else 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from guided_diffusion.diffusion.noise import Samples
-from guided_diffusion.guidance.base import GuidedDenoiser, Step
+from guided_diffusion.guidance.base import GuidedDenoiser, Observation, Step
 from guided_diffusion.guidance.masked_blur import MaskGuidance
 from guided_diffusion.guidance.masks import CentredSquare, GivenMaps, HighFrequency, RandomCells, everywhere, top_share
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
@@ -49,6 +49,22 @@ def test_the_share_is_the_one_that_was_asked_for(small, make, share):
     assert mask.dtype is torch.bool
     cells = 64 if isinstance(make(share), GivenMaps) else SIDE**2
     assert (mask.flatten(1).float().mean(dim=1) - share).abs().max() <= 0.5 / cells + 1e-6
+
+
+def test_an_observation_is_all_that_a_mask_needs(small):
+    sag = SelfAttentionGuidance(scale=1.0, block=find_block(small[0], "output_blocks.2.1"))
+    for guidance in [sag, *(masked(make(0.4)) for make in WITH_SHARE), masked(everywhere)]:
+        _, guided = guide(small, guidance)
+        step = guided.last_step
+        seen = Observation(step.base, step.recorded, step.samples)
+        assert torch.equal(guidance.mask(seen), guidance.mask(step))
+
+
+def test_without_known_samples_rows_are_places(small):
+    network, diffusion = small
+    base = diffusion.denoiser(network)(X, T, {})
+    assert list(Observation(base, {}).indices) == [0, 1]
+    assert list(Observation(base, {}, Samples(5, [7, 9])).indices) == [7, 9]
 
 
 def test_random_cells_are_whole(small):

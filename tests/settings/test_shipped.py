@@ -62,6 +62,7 @@ def test_a_copy_without_configurations_says_where_it_looked(tmp_path, monkeypatc
         ("image_sample", "ema_rate", "training: image_train.py, super_res_train.py"),
         ("image_sample", "large_size", "super-resolution: super_res_sample.py, super_res_train.py"),
         ("super_res_train", "image_size", "network: image_sample.py, classifier_sample.py, image_train.py"),
+        ("image_sample", "shown_steps", "attention report: attention_report.py"),
         ("classifier_train", "prompt", "Stable Diffusion: stable_diffusion_sample.py"),
     ],
 )
@@ -78,7 +79,8 @@ def test_a_key_of_another_script_says_whose_it_is(script, key, owners, tmp_path)
 
 def test_owners_of_one_key_in_several_groups():
     assert whose("model_path") == (
-        "sampling: image_sample.py, classifier_sample.py, super_res_sample.py; likelihood: image_nll.py"
+        "sampling: image_sample.py, classifier_sample.py, super_res_sample.py, attention_report.py; "
+        "likelihood: image_nll.py"
     )
     assert whose("no_such_key") == ""
 

@@ -1,20 +1,26 @@
 """Plans run row by row, and their reports."""
 
 import json
+import re
 import shutil
 import subprocess
+import sys
+from threading import Thread
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
+from guided_diffusion.commands import reproduce
 from guided_diffusion.guidance import base
 from guided_diffusion.guidance.base import GuidedDenoiser, Interval
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.settings.shipped import shipped
-from guided_diffusion.tables import page, report
+from guided_diffusion.tables import page, report, results
+from guided_diffusion.tables.plans import read_plan
 from running import SCRIPTS, mpiexec, refused, run
 
 PUBLISHED = {"frechet_distance": 100, "recall": None}
@@ -151,7 +157,7 @@ def test_page_in_a_browser(ran, tmp_path):
 
 
 def test_dry_run_counts_what_a_run_takes(ran, capsys):
-    run("reproduce", ran[1], "--dry_run", rows="off,on,by_class,no_weights")
+    run("reproduce", ran[1], "--dry_run", "--timing", rows="off,on,by_class,no_weights")
     out = capsys.readouterr().out
     assert "7 samples, 2 network evaluations each" in out
     assert out.count("5 samples, 4 network evaluations each") == 2
@@ -160,14 +166,39 @@ def test_dry_run_counts_what_a_run_takes(ran, capsys):
     assert "hours in all with 1 rank(s)" in out
 
 
+def test_a_dry_run_lists_at_once(ran, capsys, monkeypatch):
+    """It prints the command of the samples asked for; networks of the paper's size get no memory and are not run."""
+    monkeypatch.setattr("guided_diffusion.tables.forecast.seconds_per_step", lambda _: pytest.fail("timed"))
+    monkeypatch.setattr("torch.nn.Module.to_empty", lambda *_, **__: pytest.fail("filled"))
+    run("reproduce", ran[1], "--dry_run", rows="off,on", samples=64)
+    out = capsys.readouterr().out
+    assert out.count("--num_samples 64") == out.count("64 samples, ") == out.count("--num_samples") == 2
+    assert "hours" not in out
+    run("reproduce", "table1", "--dry_run", rows="uncond_s0")
+    assert "50000 samples, 250 network evaluations each" in capsys.readouterr().out
+
+
+def named_rows():
+    """Plan and patterns of every command in the README and the script's help that asks for rows."""
+    texts = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8") + (reproduce.__doc__ or "")
+    return re.findall(r"reproduce\.py (\w+)[^\n]*--rows '?([^\s']+)", texts)
+
+
+def test_commands_that_users_read_name_rows():
+    assert len(named_rows()) >= 4
+    for plan, patterns in named_rows():
+        assert read_plan(plan).chosen(patterns)
+
+
 def test_refusals(ran, capsys, tmp_path):
     assert "no row is called 'x*'; there are off, on" in refused(capsys, "reproduce", ran[1], rows="x*")
     assert "no such plan; there are" in refused(capsys, "reproduce", "nothing")
     (tmp_path / "bad.yaml").write_text("title: x\nrows: [{name: a, label: b, confg: emoji}]")
     assert "row a: unknown key 'confg'" in refused(capsys, "reproduce", tmp_path / "bad.yaml")
-    with pytest.raises(SystemExit) as stop:
-        run("reproduce", ran[1], samples=0)
-    assert stop.value.code == 2
+    for arguments in (["--samples", 0], ["--timing"]):
+        with pytest.raises(SystemExit) as stop:
+            run("reproduce", ran[1], *arguments)
+        assert stop.value.code == 2
 
 
 def test_fetch_brings_files_to_the_cache(tmp_path, monkeypatch, capsys):
@@ -175,7 +206,7 @@ def test_fetch_brings_files_to_the_cache(tmp_path, monkeypatch, capsys):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     asked = []
     monkeypatch.setattr(
-        "guided_diffusion.storage.fetch.local_path", lambda path: asked.append(path) or tmp_path / "there"
+        "guided_diffusion.tables.rows.local_path", lambda path: asked.append(path) or tmp_path / "there"
     )
     run("reproduce", tmp_path / "plan.yaml", "--fetch")
     assert asked == ["https://example.org/ref.npz"]
@@ -211,9 +242,63 @@ def test_equal_cost_leaves_out_what_does_not_compare():
     assert [found["name"] for found in tied] == ["b", "a"]
 
 
+def some_result(row):
+    found = {"value": 5.0, "error": 1.0}
+    more = {"n": 5, "metrics": {"frechet_distance": found}, "network_evaluations_per_sample": 2}
+    return results.unmeasured(row, "") | more
+
+
+def test_two_commands_in_one_folder_keep_each_others_rows(ran, tmp_path, monkeypatch):
+    """While one measures a row, another one finishes a row."""
+    folder = tmp_path / "out"
+    other = read_plan(ran[1]).chosen("off")[0]
+
+    def measure(row, *_):
+        results.write(folder, read_plan(ran[1]), {"off": some_result(other)}, torch.device("cpu"))
+        return some_result(row)
+
+    monkeypatch.setattr("guided_diffusion.tables.rows.measure", measure)
+    run("reproduce", ran[1], rows="on", out_dir=folder)
+    assert {name for name, row in rows_of(folder).items() if row["metrics"]} == {"off", "on", "again"}
+    assert "3 of 6 rows measured" in (folder / "report.md").read_text()
+
+
+def test_results_are_written_one_after_the_other(ran, tmp_path):
+    plan = read_plan(ran[1])
+    done = {"off": some_result(plan.rows[0])}
+    writer = Thread(target=results.write, args=(tmp_path, plan, done, torch.device("cpu")))
+    with FileLock(tmp_path / ".lock"):
+        writer.start()
+        writer.join(timeout=0.5)
+        assert writer.is_alive()
+        assert not (tmp_path / "results.json").exists()
+    writer.join(timeout=60)
+    assert rows_of(tmp_path)["off"]["n"] == 5
+
+
+def test_without_matplotlib_the_page_says_so(ran, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    text = report.html(json.loads((ran[0] / "results.json").read_text()), {})
+    assert "<svg" not in text
+    assert text.count("needs matplotlib") == 1  # of two groups, one has rows with an x
+
+
+def test_reading_and_listing_plans_needs_no_scipy():
+    code = (
+        "import sys; from guided_diffusion.tables.plans import read_plan; read_plan('demo')\n"
+        "assert not {'torch', 'evaluations', 'jinja2'} & set(sys.modules)\n"
+        "import guided_diffusion.commands.reproduce, guided_diffusion.commands.demo\n"
+        "assert not {'scipy', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPTS.parent, timeout=120)
+
+
 def test_texts_are_escaped():
-    assert "<script>" not in page.table(["<script>"], [["<b>&"]]).replace("<tbody>", "")
-    assert "&lt;b&gt;&amp;" in page.table(["x"], [["<b>&"]])
+    table = page.templates().get_template("parts.html.j2").module.table
+    assert "<script>" not in table(["<script>"], [["<b>&"]]).replace("<tbody>", "")
+    assert "&lt;b&gt;&amp;" in table(["x"], [["<b>&"]])
+    text = page.as_markdown("Title", [], [page.Section("", "", ["x", "y"], [["|a|", "b"]])])
+    assert text.splitlines()[-1] == r"| \|a\| | b |"
 
 
 def test_a_plan_without_reference_measures_cost(tmp_path):

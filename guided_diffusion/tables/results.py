@@ -1,0 +1,84 @@
+"""What is known of a plan's rows: a folder with results.json and the reports, which several processes may add to."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from ..runs.identity import versions
+from ..storage.files import write_atomically
+from . import comparison, report
+from .plans import Plan, Row
+
+
+def _of_plan(row: Row) -> dict[str, Any]:
+    """What the plan says of a row, for people."""
+    return {
+        "name": row.name,
+        "label": row.label,
+        "group": row.group,
+        "x": row.x,
+        "note": row.note,
+        "same_as": row.same_as,
+        "published": dict(row.published),
+    }
+
+
+def unmeasured(row: Row, reason: str) -> dict[str, Any]:
+    """The result of a row of the plan that was not run."""
+    return _of_plan(row) | {"command": row.command, "reason": reason, "n": None, "metrics": {}, "common": {}}
+
+
+def known(folder: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+    """What the folder has of rows, by name, where the plan still asks for the same."""
+    try:
+        rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+        found = {row["name"]: row for row in rows}
+        return {
+            row.name: found[row.name]
+            for row in plan.rows
+            if not row.missing and row.name in found and found[row.name]["command"] == row.command
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _table(plan: Plan, found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A result for every row of the plan."""
+    rows = []
+    for row in plan.rows:
+        of = next((other for other in plan.rows if other.name == row.same_as), row)
+        rows.append((found.get(of.name) or unmeasured(of, row.missing or "not yet")) | _of_plan(row))
+    report.add_relative_times(rows)
+    return rows
+
+
+def write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]], device: torch.device) -> None:
+    """Put what this process found, by row, among what is there: results.json and both reports, written anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        rows = _table(plan, known(folder, plan) | done)
+        results = {
+            "plan": plan.name,
+            "title": plan.title,
+            "paper": plan.paper,
+            "note": plan.note,
+            "features": plan.features,
+            "pr_dtype": plan.pr_dtype,
+            "common_n": plan.common_n,
+            "groups": dict(plan.groups),
+            "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "versions": versions(),
+            "rows": rows,
+        }
+        drawn = {row["name"]: comparison.drawn(folder / row["name"]) for row in rows if row["metrics"]}
+        texts = {
+            "results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+            "report.md": report.markdown(results),
+            "report.html": report.html(results, {name: images for name, images in drawn.items() if images}),
+        }
+        for name, text in texts.items():
+            write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
