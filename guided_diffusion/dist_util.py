@@ -1,4 +1,4 @@
-"""Upstream's names for what `parallel` and `checkpoints` do."""
+"""Upstream's names for what `runs.ranks` and `storage.checkpoints` do."""
 
 from collections.abc import Iterable
 from functools import cache

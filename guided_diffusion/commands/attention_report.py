@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..analysis.run import build, run
 from ..analysis.subjects import image_subject, latent_subject
-from ..runs.prepare import IMAGE_GROUPS
+from ..runs.prepare import IMAGE_GROUPS, Configs
 from ..runs.ranks import command, start
 from ..settings.analysis import ReportConfig
 from ..settings.options import exit_on_bad_input, parse_args
@@ -36,7 +36,7 @@ def main() -> None:
     config, *run_configs = parse_args(__doc__, (ReportConfig, *groups))
     device = start().device
     with exit_on_bad_input():
-        subject = latent_subject(*run_configs, device) if latent else image_subject(run_configs, device)
+        subject = latent_subject(*run_configs, device) if latent else image_subject(Configs.of(run_configs), device)
         analysis = build(config, subject)
     folder = Path(subject.pipeline.config.out_dir or "runs/attention")
     print(run(analysis, folder))

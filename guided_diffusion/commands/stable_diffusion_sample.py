@@ -33,10 +33,6 @@ def main() -> None:
         guidances = build_latent_guidance(model.unet, guidance_config)
         pipeline = LatentPipeline(config, model, prompts, guidances)
     store, _ = run(pipeline, resolved(*configs), pipeline.describe(), job)
-    if job.rank == 0:
-        for number in store.shards:
-            for index, image in zip(store.indices(number), store.read(number).images, strict=True):
-                pictures.save_png(image, join(store.folder, "images", f"{index:06d}.png"))
-        if guidances and config.compare:
-            picture = pipeline.comparison(min(config.compare, pipeline.num_samples))
-            pictures.save_png(picture, join(store.folder, "comparison.png"))
+    if job.rank == 0 and guidances and config.compare:
+        picture = pipeline.comparison(min(config.compare, pipeline.num_samples))
+        pictures.save_png(picture, join(store.folder, "comparison.png"))

@@ -7,7 +7,7 @@ import logging
 import os
 import types
 import typing
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -204,20 +204,29 @@ def parse_args(
     flags = vars(known)
     files = flags.pop("config", None) or ([default_config] if default_config else [])
     with exit_on_bad_input():
-        known_here, elsewhere = _fields(groups, without), _fields(unread)
-        read = {
-            file: {key: value for key, value in read_yaml(file).items() if key in known_here or key not in elsewhere}
-            for file in files
-        }
-        layers = [
-            (f"--config {file}", _from_folder(bf.dirname(shipped_yaml(file)), read[file], groups)) for file in files
-        ]
-        configs = merge(groups, *layers, ("command line", flags), without=without)
-        given = set(flags).union(*(layer for _, layer in layers))
-        for config in configs:
-            if hasattr(config, "remark") and (remark := config.remark(given)):
-                log.warning(remark)
-        return configs
+        return configure(groups, files, ("command line", flags), without, unread)
+
+
+def configure(
+    groups: tuple[type, ...],
+    files: Sequence[str],
+    over: tuple[str, Mapping[str, Any]],
+    without: Container[str] = (),
+    unread: tuple[type, ...] = (),
+) -> list[Any]:
+    """As `merge`, of the settings in configuration files and those over them, (source, {key: value})."""
+    known_here, elsewhere = _fields(groups, without), _fields(unread)
+    read = {
+        file: {key: value for key, value in read_yaml(file).items() if key in known_here or key not in elsewhere}
+        for file in files
+    }
+    layers = [(f"--config {file}", _from_folder(bf.dirname(shipped_yaml(file)), read[file], groups)) for file in files]
+    configs = merge(groups, *layers, over, without=without)
+    given = set(over[1]).union(*(layer for _, layer in layers))
+    for config in configs:
+        if hasattr(config, "remark") and (remark := config.remark(given)):
+            log.warning(remark)
+    return configs
 
 
 def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The ranks of a training: one network on all, each with its rows of the batch."""
 
-import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,12 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..runs.ranks import Job
+from ..runs.ranks import Job, new_key
 
 TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for rank 0, which alone saves, validates and samples."""
-
-_numbers = itertools.count()
 
 
 class Ranks:
@@ -25,7 +22,7 @@ class Ranks:
 
     def __init__(self, job: Job, device: torch.device):
         self._job, self._device = job, device
-        self._key = f"training {next(_numbers)}"  # every rank makes the trainings of a job in the same order
+        self._key = new_key("training")
         if self._job.size > 1 and not dist.is_initialized():
             # NCCL refuses two ranks on one GPU.
             own_gpu = device.type == "cuda" and job.local_size <= torch.cuda.device_count()

@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from guided_diffusion.diffusion.diffusion import build_diffusion
 from guided_diffusion.guidance.base import evaluations
 from guided_diffusion.guidance.building import guidances_of
 from guided_diffusion.networks.building import build_classifier, build_network
+from guided_diffusion.runs.prepare import Configs
 from guided_diffusion.settings.options import parse_args
 from guided_diffusion.settings.shipped import shipped
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
@@ -23,16 +23,7 @@ OURS = ("demo", "solvers")  # of the embedded model
 PLANS = {name: read_plan(name) for name in [*PUBLISHED, *OURS]}
 RUNS = [(name, row) for name, plan in PLANS.items() for row in plan.rows if not row.missing]
 each_run = pytest.mark.parametrize(("plan", "row"), RUNS, ids=lambda part: getattr(part, "name", part))
-GROUPS = {
-    "SamplingConfig": "sampling", "GuidanceConfig": "sag", "OtherGuidanceConfig": "others", "NetworkConfig": "network",
-    "DiffusionConfig": "diffusion", "ClassifierGuidanceConfig": "by_classifier", "ClassifierConfig": "classifier",
-}  # fmt: skip
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
-
-
-@functools.cache
-def script(name):
-    return importlib.import_module(f"guided_diffusion.commands.{name}")
 
 
 class ParsedError(Exception):
@@ -45,12 +36,12 @@ def settings_of(row):
     def parse_and_stop(description, groups):
         raise ParsedError(parse_args(description, groups, row.arguments()))
 
-    module = script(row.script)
+    module = importlib.import_module(f"guided_diffusion.commands.{row.script}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "parse_args", parse_and_stop)
         with pytest.raises(ParsedError) as stop:
             module.main()
-    return SimpleNamespace(**{GROUPS[type(config).__name__]: config for config in stop.value.args[0]})
+    return Configs.of(stop.value.args[0])
 
 
 @functools.cache
@@ -65,7 +56,7 @@ def guidances(settings):
 
 
 def classifier_scale(settings):
-    by_classifier = getattr(settings, "by_classifier", None)
+    by_classifier = settings.by_classifier
     return by_classifier.classifier_scale if by_classifier and by_classifier.on else 0
 
 
