@@ -11,7 +11,7 @@ from guided_diffusion.script_util import (
     sag_defaults,
     sr_model_and_diffusion_defaults,
 )
-from guided_diffusion.settings.guidance import GuidanceConfig
+from guided_diffusion.settings.guidance import ClassifierGuidanceConfig, GuidanceConfig
 from guided_diffusion.settings.model import DiffusionConfig, NetworkConfig
 from guided_diffusion.settings.options import BadInput, merge, option, parse_args
 
@@ -136,7 +136,7 @@ def test_impossible_intervals_are_refused(small, interval):
 
 def test_help_explains_every_guidance_flag(capsys):
     with pytest.raises(SystemExit):
-        parse_args("", GROUPS, ["--help"])
+        parse_args("", (*GROUPS, ClassifierGuidanceConfig), ["--help"])
     text = capsys.readouterr().out
     for flag in sag_defaults():
         assert f"--{flag} " in text
