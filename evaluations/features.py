@@ -106,7 +106,10 @@ def extract(
                 path = folder / f"{digest}.npy"
                 if not _is_whole(path, (len(batch), width)):
                     pixels = torch.from_numpy(batch).permute(0, 3, 1, 2)
-                    _write(path, np.concatenate([_joined(network(part)) for part in pixels.split(batch_size)]))
+                    rows = np.concatenate([_joined(network(part)) for part in pixels.split(batch_size)])
+                    if not np.isfinite(rows).all():
+                        raise ValueError(f"{description}: features that are not finite; are the network's weights?")
+                    _write(path, rows)
                 bar.update(len(batch) * (ranks.size if ranks.rank == 0 else 1))
         return digests
 

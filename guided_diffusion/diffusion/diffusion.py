@@ -83,6 +83,15 @@ def kinds(
     }
 
 
+def check_first_step(diffusion: Diffusion) -> None:
+    """Raise a ValueError where sampling would begin with an ε at ᾱ = 0, which says nothing of the image."""
+    if diffusion.model_mean_type is ModelMeanType.EPSILON and diffusion.process.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            "noise_schedule, diffusion_steps: at the first step ᾱ is 0, and there a network of ε says nothing of the "
+            "image; leave that step out (timestep_respacing), or take more steps"
+        )
+
+
 def build_diffusion(config: DiffusionConfig) -> Diffusion:
     """The diffusion of a configuration."""
     betas = get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)

@@ -87,7 +87,12 @@ def _bound(
 
     x0 = x0.to(device)
     found = bpd_loop(diffusion.process, x0, noise, term, partial(prior_bpd, diffusion.process))
-    return {name: found[name].float().cpu().numpy() for name in ("prior_bpd", *BY_STEP)}
+    arrays = {name: found[name].float().cpu().numpy() for name in ("prior_bpd", *BY_STEP)}
+    finite = np.isfinite(np.column_stack(list(arrays.values()))).all(axis=1)
+    if not finite.all():
+        names = ", ".join(str(images.files[indices[row]]) for row in np.flatnonzero(~finite)[:3])
+        raise FloatingPointError(f"the bound of {names} is not finite; are the weights?")
+    return arrays
 
 
 def measure(

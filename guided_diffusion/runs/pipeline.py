@@ -33,7 +33,7 @@ class Pipeline(Protocol):
 
     name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
     condition. num_steps: States of a trajectory. samples_version: a change of the code after which sample i is
-    another raises it; samples of different versions do not share a folder.
+    another raises it; samples of different versions do not share a folder. dtype: of the network's weights.
     """
 
     samples_version: ClassVar[int]
@@ -46,6 +46,7 @@ class Pipeline(Protocol):
     labelled: bool
     num_steps: int
     guidances: Sequence[Guidance]
+    dtype: torch.dtype
 
     def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
         """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
@@ -54,13 +55,45 @@ class Pipeline(Protocol):
         """Images [N, 3, H, W] in [−1, 1] of what the last state holds."""
 
 
+def first_spoiled(state: State, before: Tensor | None) -> Tensor:
+    """The t of the first step after which each sample was not finite, −1 where all is well: [N] int64 on the device.
+
+    before: what this gave for the step before, None for the first.
+    """
+    finite = state.x.flatten(1).isfinite().all(dim=1)
+    before = torch.full((len(finite),), -1, device=finite.device) if before is None else before
+    return torch.where(finite | (before >= 0), before, state.t)
+
+
+def _check_finite(batch: Sequence[int], spoiled: Tensor, pipeline: "Pipeline") -> None:
+    """Raise a FloatingPointError that says which samples are not finite, since when, and what may be the cause."""
+    steps = spoiled.tolist()
+    wrong = [index for index, t in zip(batch, steps, strict=True) if t >= 0]
+    if not wrong:
+        return
+    names = ", ".join(map(str, wrong[:8])) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+    cause = "weights that are not finite, or a scale that is too large"
+    if pipeline.dtype is torch.float16:
+        cause = "float16 overflows: try bfloat16 or float32"
+    raise FloatingPointError(
+        f"samples {names} are not finite after the step t = {max(steps)} of {pipeline.num_steps} (the first is "
+        f"t = {pipeline.num_steps - 1}); likely {cause}; their shard is not written"
+    )
+
+
 def make_shard(pipeline: Pipeline, indices: Sequence[int], batch_size: int, observe: Observer) -> Shard:
-    """Samples `indices`, so many at a time."""
+    """Samples `indices`, so many at a time; a FloatingPointError if any is not finite."""
     images, labels, evaluations = [], [], 0.0
     for batch in batches(indices, batch_size):
+        spoiled = None  # the t after which a sample was not finite for the first time, −1 where it still is
         for state, guided in pipeline.trajectory(batch):
+            spoiled = first_spoiled(state, spoiled)
             observe(batch, state, guided)
-        images.append(pictures.to_uint8(pipeline.images(state.x)))
+        _check_finite(batch, spoiled, pipeline)
+        try:
+            images.append(pictures.to_uint8(pipeline.images(state.x)))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"samples {batch[0]} to {batch[-1]}: after decoding, {error}") from None
         evaluations += guided.evaluations * len(batch) / len(indices)
         if (y := state.prediction.condition.get("y")) is not None:
             labels.append(y.cpu().numpy())
@@ -106,6 +139,10 @@ class ImagePipeline:
     @property
     def num_steps(self) -> int:
         return self.diffusion.num_timesteps
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
 
     @property
     def denoiser(self) -> Denoiser:

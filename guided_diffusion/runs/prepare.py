@@ -10,7 +10,7 @@ import blobfile as bf
 import torch
 from torch import Tensor
 
-from ..diffusion.diffusion import build_diffusion
+from ..diffusion.diffusion import build_diffusion, check_first_step
 from ..guidance.building import describe_guidance, guidances_of
 from ..guidance.classifier import ClassifierGradient
 from ..networks.building import build_classifier, build_network, fill, fill_at_random, make_ready, unfilled
@@ -89,6 +89,7 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
     """
     about, by_classifier = configs.network, configs.by_classifier
     diffusion = build_diffusion(configs.diffusion)
+    check_first_step(diffusion)
     with unfilled():
         network = build_network(about, configs.diffusion.learn_sigma)
     guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)

@@ -233,8 +233,9 @@ def _unlink_shared_memory() -> None:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a script's `main` end well: bad input is one line from rank 0 and status 2, a failed rank ends the job.
+    """Make a script's `main` end well.
 
+    Bad input, and numbers that are not finite, are one line from rank 0 and status 2; a failed rank ends the job.
     Under MPI an exception or a non-zero exit of one rank would leave the others waiting for ever.
     """
 
@@ -242,6 +243,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
+        except FloatingPointError as error:
+            _end(BadInput(str(error)))
         except BaseException as error:
             _end(error)
 

@@ -26,7 +26,7 @@ class GuidanceConfig:
     sel_attn_block: str = option("output", "the authors' way to name the block: input, middle or output")
     sel_attn_depth: int = option(8, "and its number, where sag_block is not given")
     sag_threshold: float = option(1.0, "ψ: blurred is what gets more attention than ψ times the mean")
-    blur_sigma: float = option(3.0, "σ of the Gaussian blur in pixels; 0 = none, inf = the mean pixel")
+    blur_sigma: float = option(3.0, "σ of the Gaussian blur in pixels; 0 = none, inf = the mean pixel", infinite=True)
     blur_kernel: int | None = option(None, "odd width of the blur's window in pixels; default ⌈3σ⌉ to each side")
     guide_start: int = option(
         250, "guide, in all ways but a classifier's, at the last so many of the respaced steps only; 0 = never"
@@ -77,7 +77,9 @@ class OtherGuidanceConfig:
     pag_blocks: str = option("middle_block.1", "attention blocks, like middle_block.1,output_blocks.2.1", later=True)
     seg_scale: float = option(0.0, "smoothed energy guidance: blurred queries in seg_blocks", later=True)
     seg_blocks: str = option("middle_block.1", "attention blocks, as pag_blocks", later=True)
-    seg_sigma: float = option(math.inf, "σ of the queries' blur in tokens; inf = the mean query", later=True)
+    seg_sigma: float = option(
+        math.inf, "σ of the queries' blur in tokens; inf = the mean query", later=True, infinite=True
+    )
 
     def __post_init__(self):
         for name in ("cfg_scale", "pag_scale", "seg_scale"):

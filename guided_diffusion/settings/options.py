@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import math
 import os
 import types
 import typing
@@ -33,14 +34,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def option(
-    default: Any, help: str, path: bool | str = False, later: bool = False, words: Mapping[str, Any] | None = None
+    default: Any,
+    help: str,
+    path: bool | str = False,
+    later: bool = False,
+    words: Mapping[str, Any] | None = None,
+    infinite: bool = False,
 ) -> Any:
     """A dataclass field with the help text of its flag.
 
     path: a file to read, in a YAML file relative to that file; a suffix: so are values that end with it. later: newer
     than results that it does not change at its default (`later_defaults`). words: values that a word stands for.
+    infinite: a number that may be inf; no other may be.
     """
-    about = {"help": help, "path": path, "later": later, "words": words or {}}
+    about = {"help": help, "path": path, "later": later, "words": words or {}, "infinite": infinite}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -135,6 +142,11 @@ def _hint(key: str, fields: Iterable[str], flag: str = "") -> str:
     return f"; did you mean {f'{flag}{near[0]}' if flag else repr(near[0])}?" if near else ""
 
 
+def _check_finite(key: str, value: Any, infinite: bool) -> None:
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not infinite)):
+        raise ValueError(f"{key}: wanted a finite number, got {value}")
+
+
 def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], without: Container[str] = ()) -> list[Any]:
     """An instance of every dataclass in `groups` from layers (source, {key: value}), the later one winning.
 
@@ -153,6 +165,7 @@ def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], with
             field, kind = fields[key]
             words = field.metadata["words"]
             values[key] = words[value] if str(value) in words else parse_value(value, kind, f"{source}: {key}")
+            _check_finite(f"{source}: {key}", values[key], field.metadata["infinite"])
     return [
         group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
         for group in groups

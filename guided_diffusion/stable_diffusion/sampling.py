@@ -116,6 +116,10 @@ class LatentPipeline:
         return self.model.unet.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.model.unet.dtype
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         side = self.model.unet.config.sample_size * self.model.factor
         return self.config.height or side, self.config.width or side, 3

@@ -22,7 +22,13 @@ MADE_BY = "made by"
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """[N, C, H, W] in [−1, 1] to [N, H, W, C] uint8, rounded as upstream does."""
+    """[N, C, H, W] in [−1, 1] to [N, H, W, C] uint8, rounded as upstream does.
+
+    A FloatingPointError names images that are not finite, which would come out black.
+    """
+    wrong = (~x.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if wrong:
+        raise FloatingPointError(f"images {', '.join(map(str, wrong[:8]))} of {len(x)} are not finite")
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

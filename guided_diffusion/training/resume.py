@@ -1,6 +1,8 @@
 """What lies in the folder of a training run, ours or upstream's: which files belong together, and which may go."""
 
+import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,34 @@ NOT_OF_THE_RESULT = {
     "resume_checkpoint", "num_workers",
 }  # fmt: skip
 """Settings that change no weight."""
+
+
+CHECKPOINT, PREVIOUS, SPOILED = "checkpoint.pt", "checkpoint_before.pt", "checkpoint_spoiled.pt"
+
+
+def keep_previous(folder: Path) -> None:
+    """Keep the checkpoint under another name, before a new one is written in its place."""
+    checkpoint, previous = folder / CHECKPOINT, folder / PREVIOUS
+    if checkpoint.is_file():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(checkpoint, previous)
+        except OSError:  # a file system without links
+            shutil.copyfile(checkpoint, previous)
+
+
+def drop_previous(folder: Path) -> None:
+    """Delete the checkpoint that was kept."""
+    (folder / PREVIOUS).unlink(missing_ok=True)
+
+
+def back_to_previous(folder: Path) -> int | None:
+    """Put the kept checkpoint back in place of the newest, which gets another name; its step, None if there is none."""
+    if not (folder / PREVIOUS).is_file():
+        return None
+    os.replace(folder / CHECKPOINT, folder / SPOILED)
+    os.replace(folder / PREVIOUS, folder / CHECKPOINT)
+    return int(read_pt(folder / CHECKPOINT)["step"])
 
 
 def step_of(path: str) -> int:

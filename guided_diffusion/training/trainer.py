@@ -90,7 +90,7 @@ class Trainer(ABC):
 
     @property
     def checkpoint_path(self) -> Path:
-        return self.out_dir / "checkpoint.pt"
+        return self.out_dir / resume.CHECKPOINT
 
     @property
     def is_first(self) -> bool:
@@ -162,6 +162,8 @@ class Trainer(ABC):
         t, signals, *values = self.ranks.gather(torch.stack([column.float() for column in columns]))
         losses = dict(zip(losses, values, strict=True))
         self._check(losses["loss"], norm)
+        if self.is_first and self.saved == self.step:
+            resume.drop_previous(self.out_dir)
         self.schedule_sampler.update(t.long(), losses["loss"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(self.step)
@@ -197,22 +199,41 @@ class Trainer(ABC):
             what = f"the gradient's norm is {float(norm):g}, the loss {mean:.4g}"
         else:
             return
-        good = "no checkpoint was written yet"
-        if self.saved is not None:
-            good = f"{self.checkpoint_path} of step {self.saved} is good, to go on from with a smaller --lr"
-        raise FloatingPointError(f"step {self.step}: {what}; {good}")
+        raise FloatingPointError(f"step {self.step}: {what}; {self._to_go_on_from()}")
+
+    def _to_go_on_from(self) -> str:
+        """What is said of the checkpoint after a loss that would spoil the weights; a spoiled one is put aside."""
+        if self.saved is None:
+            return "no checkpoint was written yet"
+        if self.saved < self.step:
+            return f"{self.checkpoint_path} of step {self.saved} is good, to go on from with a smaller --lr"
+        # The weights that were saved last are those that this loss is of.
+        before = resume.back_to_previous(self.out_dir) if self.is_first else None
+        if before is None:
+            return f"{self.checkpoint_path} holds the weights of this loss; begin with older ones (--resume_checkpoint)"
+        return (
+            f"the checkpoint of this step is called {resume.SPOILED} now, and {self.checkpoint_path} is that of step "
+            f"{before} again, to go on from with a smaller --lr"
+        )
 
     @abstractmethod
     def _losses(self, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
         """What is logged, [n] each: `loss` and more; and what is trained, [n], whose weighted mean falls."""
 
     def save(self) -> None:
-        """Write this step's weights and then checkpoint.pt, each atomically; older weights go."""
+        """Write this step's weights and then checkpoint.pt, each atomically; older weights go.
+
+        The checkpoint before stays beside it until a loss of the new weights is known to be finite.
+        """
         if self.is_first:
+            wrong = [name for name, tensor in self.network.state_dict().items() if not tensor.isfinite().all()]
+            if wrong:
+                raise FloatingPointError(f"step {self.step}: weights are not finite ({wrong[0]}); they are not saved")
             weights = {f"model{self.step:06d}.pt": self.network}
             weights |= {f"ema_{rate}_{self.step:06d}.pt": ema for rate, ema in self.emas.items()}
             for name, network in weights.items():
                 save_atomically(network.state_dict(), self.out_dir / name)
+            resume.keep_previous(self.out_dir)
             save_atomically(self._state(), self.checkpoint_path)
             resume.prune(self.out_dir, weights, self.config.keep)
         self.saved = self.step

@@ -145,6 +145,47 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path):
     assert all(parameter.isfinite().all() for parameter in again.network.parameters())
 
 
+def test_a_spoiled_checkpoint_gives_way_to_the_one_before(tmp_path):
+    """The weights of a checkpoint are judged by the first loss after it: until then the one before is kept."""
+    loop_of(tmp_path, lr_anneal_steps=4, save_interval=2).run()
+    assert (tmp_path / "checkpoint_before.pt").is_file()
+    second = loop_of(tmp_path, lr_anneal_steps=8, save_interval=1)
+    training_losses = second.diffusion.training_losses
+
+    def exploding(network, x0, t, condition, noise):
+        losses = training_losses(network, x0, t, condition, noise)
+        return {name: values * (1e6 if second.step == 6 else 1) for name, values in losses.items()}
+
+    second.diffusion.training_losses = exploding
+    with pytest.raises(FloatingPointError) as stop:
+        second.run()
+    assert f"checkpoint_spoiled.pt now, and {tmp_path}/checkpoint.pt is that of step 5 again" in str(stop.value)
+    third = loop_of(tmp_path, lr_anneal_steps=8)
+    assert third.step == 5
+    third.run()
+    assert third.step == 8
+
+
+def test_the_first_loss_after_a_checkpoint_without_one_before(tmp_path):
+    loop_of(tmp_path, lr_anneal_steps=1).run()
+    again = loop_of(tmp_path, lr_anneal_steps=4)
+    again.diffusion.training_losses = lambda network, x0, *_: {"loss": torch.full((len(x0),), float("nan"))}
+    with pytest.raises(
+        FloatingPointError, match=r"checkpoint.pt holds the weights of this loss; begin with older ones"
+    ):
+        again.run()
+    assert loop_of(tmp_path, lr_anneal_steps=4).step == 1
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    loop = loop_of(tmp_path, lr_anneal_steps=4)
+    step_of(loop)
+    next(loop.network.parameters()).data[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="weights are not finite .*; they are not saved"):
+        loop.save()
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_a_loss_that_explodes_stops_the_run_before_it_is_learned_from(tmp_path):
     loop = loop_of(tmp_path)
     step_of(loop)
