@@ -1,5 +1,6 @@
 """Many processes as one job: torchrun's or MPI's ranks, or one process alone."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -194,6 +195,18 @@ def start_process_group(job: Job, device: torch.device, name: str) -> None:
         world_size=job.size,
         timeout=GROUP_TIMEOUT,
     )
+    if not own_gpu:
+        atexit.register(_end_gloo)
+
+
+def _end_gloo() -> None:
+    """Let the group's threads end first: one that lets go of a tensor while the interpreter ends aborts the process.
+
+    Not after an error, when others may never come to what this rank waits for.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.group.WORLD._wait_for_pending_works()  # destroying does not, where a network under DDP keeps the group
+        dist.destroy_process_group()
 
 
 def _unlink_shared_memory() -> None:
