@@ -12,6 +12,13 @@ import torch
 T = TypeVar("T")
 
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+"""What mpiexec sets; without one of them MPI is not even loaded."""
+
+MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+"""Where it tells a process its rank, before MPI is loaded."""
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets; with some of them alone nobody could be met."""
 
 
 class BadInputError(Exception):
@@ -85,24 +92,48 @@ class TorchRanks(Ranks):
         return gathered
 
 
+def launcher() -> str:
+    """What started this process: `torchrun`, `mpi`, or nothing."""
+    if set(TORCHRUN_VARIABLES) <= os.environ.keys():
+        return "torchrun"
+    return "mpi" if any(name in os.environ for name in MPI_VARIABLES) else ""
+
+
+def rank_told() -> int:
+    """The rank that the launcher told this process, 0 if none did."""
+    names = {"torchrun": TORCHRUN_VARIABLES[:1], "mpi": MPI_RANKS, "": ()}[launcher()]
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
 def start() -> Ranks:
     """The ranks this process was started among: torchrun's variables first, then MPI's, else alone."""
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        return TorchRanks()
-    if any(name in os.environ for name in MPI_VARIABLES):
-        try:
-            return MpiRanks()
-        except (ImportError, RuntimeError) as error:
-            raise BadInputError(
-                f"started by an MPI launcher, but MPI cannot be loaded ({' '.join(str(error).split())}); pip install "
-                "'.[mpi]', or mpi4py built for the cluster's MPI"
-            ) from None
-    return Ranks()
+    return {"torchrun": _start_torchrun, "mpi": _start_mpi, "": Ranks}[launcher()]()
+
+
+def _start_torchrun() -> Ranks:
+    return Ranks() if os.environ["WORLD_SIZE"] == "1" else TorchRanks()
+
+
+def _start_mpi() -> Ranks:
+    launched = int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
+    try:
+        ranks = MpiRanks()
+    except (ImportError, RuntimeError) as error:
+        raise BadInputError(
+            f"started by an MPI launcher with {launched or 'several'} ranks, but MPI cannot be loaded "
+            f"({' '.join(str(error).split())}); pip install mpi4py mpich, or mpi4py built for the cluster's MPI"
+        ) from None
+    if launched and launched != ranks.size:
+        raise BadInputError(
+            f"mpiexec started {launched} ranks, but the MPI library that mpi4py loads counts {ranks.size}: they are of "
+            "different MPIs; use the mpiexec that belongs to the library"
+        )
+    return ranks
 
 
 def run(main: Callable[[Ranks], None]) -> None:
     """Run a program on the ranks: bad input is one line from rank 0 and status 2, a failed rank ends them all."""
-    ranks = Ranks()
+    ranks = None
     try:
         ranks = start()
         if ranks.size > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -111,11 +142,13 @@ def run(main: Callable[[Ranks], None]) -> None:
             torch.set_num_threads(max(1, cores // local))
         main(ranks)
     except BadInputError as error:
-        if ranks.rank == 0:
+        if ranks is None and rank_told():
+            time.sleep(1)  # rank 0 says it for all; where it did, this process may be no more
+        if ranks is None or ranks.rank == 0:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
     except Exception:
-        if ranks.size == 1:
+        if ranks is None or ranks.size == 1:
             raise
         traceback.print_exc()
         ranks.abort(1)

@@ -1,5 +1,7 @@
 """guided-diffusion's names for what the ranks of a job do together, by torch.distributed."""
 
+import atexit
+import socket
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -27,6 +29,13 @@ def setup_dist() -> None:
             torch.cuda.set_device(dev())
         ranks.start_process_group(job(), dev(), "door")
         ranks.end_with_the_first()
+        # Upstream's scripts do not end it, and its threads must not outlive the interpreter.
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def dev() -> torch.device:
@@ -34,6 +43,12 @@ def dev() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", job().local_rank % min(GPUS_PER_NODE, torch.cuda.device_count()))
+
+
+def _find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
 
 
 def place() -> tuple[int, int]:

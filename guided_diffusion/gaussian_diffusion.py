@@ -1,40 +1,104 @@
-"""Upstream's GaussianDiffusion: the same methods, arguments and returns, and `guidance=`; all work is done below."""
+"""guided-diffusion's GaussianDiffusion: its methods, arguments and returns, and `guidance=`.
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+Every method does its work by the formulas of the rooms, and calls the others through `self`: a subclass that overrides
+one, or an instance with one patched, takes effect in every loop.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .diffusion import losses, samplers
-from .diffusion.denoiser import Denoiser, ModelMeanType, ModelVarType
+from .diffusion.denoiser import Denoiser, ModelMeanType, ModelVarType, NetworkDenoiser, Prediction
 from .diffusion.diffusion import Diffusion
-from .diffusion.losses import LossType
-from .diffusion.process import ForwardProcess, get_named_beta_schedule
+from .diffusion.losses import LossType, discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from .diffusion.process import ForwardProcess, betas_for_alpha_bar, get_named_beta_schedule
 from .guidance.base import Guidance, GuidedDenoiser
-from .guidance.classifier import with_classifier
+from .guidance.building import build_guidance
+from .settings.guidance import GuidanceConfig
+from .settings.options import merge
 
-__all__ = ["GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "get_named_beta_schedule"]
+__all__ = [
+    "GaussianDiffusion",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "betas_for_alpha_bar",
+    "discretized_gaussian_log_likelihood",
+    "get_named_beta_schedule",
+    "mean_flat",
+    "normal_kl",
+]
 
-Guidances = Guidance | Sequence[Guidance] | None
+Guidances = Guidance | Sequence[Guidance] | GuidedDenoiser | None
 Result = dict[str, Tensor]
 
+TABLES = (
+    "betas", "num_timesteps", "rescale_timesteps", "timestep_map", "original_num_steps",
+    "alphas_cumprod", "alphas_cumprod_prev", "alphas_cumprod_next", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)  # fmt: skip
+"""What of the process is read and set as an attribute of the diffusion: float64 arrays [T], and numbers."""
 
-def _last_sample(progressive: Callable[..., Iterator[Result]]) -> Callable[..., Tensor]:
-    """The method that runs a progressive loop to its end and returns x_0."""
 
-    @functools.wraps(progressive)
-    def loop(*args: Any, **settings: Any) -> Tensor:
-        for result in progressive(*args, **settings):
-            sample = result["sample"]
-        return sample
+def _extract_into_tensor(arr: np.ndarray, timesteps: Tensor, broadcast_shape: Sequence[int]) -> Tensor:
+    """Values of an array [T] at timesteps [N], float32, expanded to a shape of N rows."""
+    values = torch.from_numpy(arr).to(timesteps.device)[timesteps].float()
+    return values.reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
 
-    loop.__name__ = progressive.__name__.removesuffix("_progressive")
-    loop.__doc__ = f"The sample x_0 of `{progressive.__name__}`, with the same arguments."
-    return loop
+
+class _OwnProcess:
+    """The process with the formulas of a diffusion's own methods, so that overriding one changes all that use it."""
+
+    def __init__(self, diffusion: "GaussianDiffusion"):
+        self._diffusion = diffusion
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._diffusion.process, name)
+
+    def network_timesteps(self, t: Tensor) -> Tensor:
+        return self._diffusion._scale_timesteps(t)
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return self._diffusion.q_sample(x0, t, noise=noise)
+
+    def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return self._diffusion.q_posterior_mean_variance(x_start=x0, x_t=x_t, t=t)[0]
+
+    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor, otherwise: Tensor | float = math.nan) -> Tensor:
+        x0 = self._diffusion._predict_xstart_from_eps(x_t=x_t, t=t, eps=eps)
+        return torch.where(self.has_signal(t, x_t), x0, otherwise)
+
+    def x0_from_previous(self, x_t: Tensor, t: Tensor, previous: Tensor) -> Tensor:
+        return self._diffusion._predict_xstart_from_xprev(x_t=x_t, t=t, xprev=previous)
+
+    def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        return self._diffusion._predict_eps_from_xstart(x_t, t, x0)
+
+
+class _MeanVariance(dict):
+    """What `p_mean_variance` returns, and the belief that it is of."""
+
+    def __init__(self, belief: Prediction):
+        super().__init__(
+            mean=belief.mean, variance=belief.variance, log_variance=belief.log_variance, pred_xstart=belief.x0
+        )
+        self._belief, self._values = belief, dict(self)
+
+    def belief(self) -> Prediction | None:
+        """The belief, if the values are still its own."""
+        same = all(self.get(name) is value for name, value in self._values.items())
+        return self._belief if same else None
 
 
 class GaussianDiffusion(Diffusion):
@@ -43,7 +107,8 @@ class GaussianDiffusion(Diffusion):
     betas: [T] in (0, 1]. Networks are called as model(x, timesteps, **model_kwargs). Arguments that the methods share:
     x [N, C, H, W]; t [N] int64; clip_denoised: clamp x̂_0 to [−1, 1]; denoised_fn: applied to x̂_0 before the clamp;
     cond_fn(x, timesteps, **model_kwargs): ∇ log p(y | x); model_kwargs: {"y": labels} and the like;
-    guidance: one Guidance or several; a single step has no memory, so `every` acts only in loops.
+    guidance: one Guidance or several, added to every belief that `p_mean_variance` gives; a single step has no memory,
+    so `every` acts only in loops. The tables of the process are attributes, float64 [T].
     """
 
     def __init__(
@@ -57,31 +122,121 @@ class GaussianDiffusion(Diffusion):
     ):
         process = ForwardProcess(betas, rescale_timesteps=rescale_timesteps)
         super().__init__(process, model_mean_type, model_var_type, loss_type)
+        self.guided_block: dict[str, Any] = {}
+        """`sel_attn_block` and `sel_attn_depth`, for `guidance_kwargs`."""
 
-    @property
-    def betas(self) -> np.ndarray:
-        return self.process.betas
+    def __getattr__(self, name: str) -> Any:
+        if name in TABLES and "process" in self.__dict__:
+            return getattr(self.process, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    @property
-    def alphas_cumprod(self) -> np.ndarray:
-        return self.process.alphas_cumprod
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in TABLES and "process" in self.__dict__:
+            self.process.replace_table(name, value)
+        else:
+            super().__setattr__(name, value)
 
-    @property
-    def timestep_map(self) -> list[int]:
-        """The original step of every respaced step."""
-        return self.process.timestep_map
-
-    def guided(
-        self, denoiser: Denoiser, guidance: Guidances = None, cond_fn: Callable[..., Tensor] | None = None
+    def denoiser(
+        self,
+        model: Callable[..., Tensor],
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> Denoiser:
-        """The denoiser of one trajectory with guidances and a classifier's gradient."""
-        guidances = [guidance] if isinstance(guidance, Guidance) else guidance or []
-        guided: Denoiser = GuidedDenoiser(denoiser, self.process, guidances)
-        return with_classifier(guided, cond_fn) if cond_fn else guided
+        """`model` as a Denoiser of this process: what `p_mean_variance` says of it."""
+
+        def denoise(x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Prediction:
+            out = self.p_mean_variance(
+                model, x_t, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=dict(condition)
+            )
+            return self._belief(out, x_t, t, condition, clip_denoised)
+
+        return denoise
+
+    def _network(
+        self,
+        model: Callable[..., Tensor],
+        clip_denoised: bool,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> NetworkDenoiser:
+        process: Any = _OwnProcess(self)
+        return NetworkDenoiser(model, process, self.model_mean_type, self.model_var_type, clip_denoised, denoised_fn)
+
+    def _belief(
+        self, out: Result, x: Tensor, t: Tensor, condition: Mapping[str, Any] | None, clip_denoised: bool
+    ) -> Prediction:
+        """The belief that a result of `p_mean_variance` is, or became in somebody's hands."""
+        belief = out.belief() if isinstance(out, _MeanVariance) else None
+        if belief is not None:
+            return belief
+        x0, process = out["pred_xstart"], _OwnProcess(self)
+        return Prediction(
+            process,
+            x,
+            t,
+            condition or {},
+            process.eps_from_x0(x, t, x0),
+            x0,
+            out["variance"],
+            out["log_variance"],
+            partial(torch.clamp, min=-1, max=1) if clip_denoised else lambda x0: x0,
+            network_mean=out["mean"],
+        )
+
+    def _guided(self, denoiser: Denoiser, guidance: Guidances) -> GuidedDenoiser:
+        """The denoiser of one trajectory."""
+        if isinstance(guidance, GuidedDenoiser):
+            return guidance
+        return GuidedDenoiser(denoiser, _OwnProcess(self), [guidance] if isinstance(guidance, Guidance) else guidance)
+
+    def _step_values(
+        self,
+        model: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool,
+        denoised_fn: Callable[[Tensor], Tensor] | None,
+        model_kwargs: Mapping[str, Any] | None,
+        guidance: Guidances,
+    ) -> Result:
+        """What `p_mean_variance` says, with guidance added."""
+        if guidance is None:
+            return self.p_mean_variance(
+                model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+            )
+        guided = self._guided(self.denoiser(model, clip_denoised, denoised_fn), guidance)
+        return _MeanVariance(guided(x, t, model_kwargs or {}))
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        return self.process.network_timesteps(t)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0), all of x_start's shape."""
+        return (
+            self.process.at("sqrt_alphas_cumprod", t, x_start) * x_start,
+            _extract_into_tensor(1 - self.process.alphas_cumprod, t, x_start.shape),
+            _extract_into_tensor(self.process.log_one_minus_alphas_cumprod, t, x_start.shape),
+        )
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t of x_0 and noise (drawn if not given)."""
         return self.process.q_sample(x_start, t, torch.randn_like(x_start) if noise is None else noise)
+
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and (clipped) log variance of q(x_{t−1} | x_t, x_0), all of x_t's shape."""
+        return (
+            self.process.q_posterior_mean(x_start, x_t, t),
+            _extract_into_tensor(self.process.posterior_variance, t, x_t.shape),
+            _extract_into_tensor(self.process.posterior_log_variance_clipped, t, x_t.shape),
+        )
+
+    def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return self.process.x0_from_eps(x_t, t, eps)
+
+    def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
+        return self.process.x0_from_previous(x_t, t, xprev)
+
+    def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        return self.process.eps_from_x0(x_t, t, pred_xstart)
 
     def p_mean_variance(
         self,
@@ -90,16 +245,38 @@ class GaussianDiffusion(Diffusion):
         t: Tensor,
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        model_kwargs: Mapping[str, Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> Result:
         """`mean`, `variance`, `log_variance` of p(x_{t−1} | x_t) and `pred_xstart`, all of x's shape."""
-        prediction = self.denoiser(model, clip_denoised, denoised_fn)(x, t, model_kwargs or {})
-        return {
-            "mean": prediction.mean,
-            "variance": prediction.variance,
-            "log_variance": prediction.log_variance,
-            "pred_xstart": prediction.x0,
-        }
+        return _MeanVariance(self._network(model, clip_denoised, denoised_fn)(x, t, model_kwargs or {}))
+
+    def condition_mean(
+        self,
+        cond_fn: Callable[..., Tensor],
+        p_mean_var: Result,
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """The mean that a classifier's gradient has moved."""
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        return samplers.shifted_mean(p_mean_var["mean"].float(), p_mean_var["variance"], gradient.float())
+
+    def condition_score(
+        self,
+        cond_fn: Callable[..., Tensor],
+        p_mean_var: Result,
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """`p_mean_var` with the score moved by a classifier's gradient: its mean and pred_xstart follow."""
+        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        eps = samplers.shifted_eps(self.process, t, eps, gradient)
+        x0 = self._predict_xstart_from_eps(x, t, eps)
+        mean = self.q_posterior_mean_variance(x_start=x0, x_t=x, t=t)[0]
+        return dict(p_mean_var) | {"pred_xstart": x0, "mean": mean}
 
     def p_sample(
         self,
@@ -109,15 +286,19 @@ class GaussianDiffusion(Diffusion):
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
-        model_kwargs: Mapping[str, Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
         guidance: Guidances = None,
         noise: Tensor | None = None,
     ) -> Result:
         """One DDPM step: `sample` x_{t−1}, and the guided `pred_xstart`. noise: the drawn noise, of x's shape."""
-        denoiser = self.guided(self.denoiser(model, clip_denoised, denoised_fn), guidance, cond_fn)
-        prediction = denoiser(x, t, model_kwargs or {})
+        out = self._step_values(model, x, t, clip_denoised, denoised_fn, model_kwargs, guidance)
         noise = torch.randn_like(x) if noise is None else noise
-        return {"sample": samplers.ddpm_step(prediction, noise), "pred_xstart": prediction.x0}
+        belief = self._belief(out, x, t, model_kwargs, clip_denoised)
+        if cond_fn is not None:
+            mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
+            belief = replace(belief, network_mean=mean)
+        return {"sample": samplers.ddpm_step(belief, noise), "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
         self,
@@ -127,17 +308,20 @@ class GaussianDiffusion(Diffusion):
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
-        model_kwargs: Mapping[str, Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         eta: float = 0.0,
+        *,
         guidance: Guidances = None,
         noise: Tensor | None = None,
     ) -> Result:
         """One DDIM step, as `p_sample`; `pred_xstart` includes a classifier's shift."""
-        denoiser = self.guided(self.denoiser(model, clip_denoised, denoised_fn), guidance, cond_fn)
-        prediction = denoiser(x, t, model_kwargs or {})
+        out = self._step_values(model, x, t, clip_denoised, denoised_fn, model_kwargs, guidance)
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
+        x0 = out["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, x0)
         noise = torch.randn_like(x) if noise is None else noise
-        x0, _ = samplers.ddim_belief(prediction)
-        return {"sample": samplers.ddim_step(prediction, noise, eta), "pred_xstart": x0}
+        return {"sample": samplers.ddim_move(self.process, t, x0, eps, noise, eta), "pred_xstart": x0}
 
     def ddim_reverse_sample(
         self,
@@ -146,14 +330,47 @@ class GaussianDiffusion(Diffusion):
         t: Tensor,
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        model_kwargs: Mapping[str, Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         eta: float = 0.0,
+        *,
+        guidance: Guidances = None,
     ) -> Result:
         """One step from image to noise on DDIM's deterministic path: `sample` is x_{t+1}."""
         if eta != 0:
             raise ValueError(f"eta: only the deterministic path (0) can be reversed, got {eta}")
-        prediction = self.denoiser(model, clip_denoised, denoised_fn)(x, t, model_kwargs or {})
-        return {"sample": samplers.ddim_reverse_step(prediction), "pred_xstart": prediction.x0}
+        out = self._step_values(model, x, t, clip_denoised, denoised_fn, model_kwargs, guidance)
+        x0 = out["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, x0)
+        return {"sample": samplers.ddim_reverse_move(self.process, t, x0, eps), "pred_xstart": x0}
+
+    def p_sample_loop(
+        self,
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        """The sample x_0 of `p_sample_loop_progressive`, with the same arguments."""
+        return _last(
+            self.p_sample_loop_progressive(
+                model,
+                shape,
+                noise=noise,
+                clip_denoised=clip_denoised,
+                denoised_fn=denoised_fn,
+                cond_fn=cond_fn,
+                model_kwargs=model_kwargs,
+                device=device,
+                progress=progress,
+                **more,
+            )
+        )
 
     def p_sample_loop_progressive(
         self,
@@ -163,21 +380,67 @@ class GaussianDiffusion(Diffusion):
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
-        model_kwargs: Mapping[str, Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
+        *,
         guidance: Guidances = None,
         step_noise: samplers.Noise | None = None,
+        skip_timesteps: int = 0,
+        init_image: Tensor | None = None,
+        guidance_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Result]:
         """DDPM from x_T = `noise` (drawn if not given): after every step, what `p_sample` returns.
 
         shape: of x_T. device: default the model's. progress: show a bar. step_noise: the noise of a step, by number.
+        skip_timesteps: leave out so many of the first steps, and begin with `init_image` [N, C, H, W] in [−1, 1]
+        (default: zeros) under the noise of the first that is made (SDEdit, Meng et al. 2022). guidance_kwargs: instead
+        of `guidance`, the SAG authors' guide_start, guide_scale and blur_sigma, of which guidance is made as they do.
         """
-        x_T, step_noise = self._start(model, shape, noise, device, step_noise)
-        denoiser = self.guided(self.denoiser(model, clip_denoised, denoised_fn), guidance, cond_fn)
-        states = samplers.ddpm(denoiser, self.process, x_T, model_kwargs or {}, step_noise)
-        for state in tqdm(states, total=self.num_timesteps, disable=not progress):
-            yield {"sample": state.x, "pred_xstart": state.prediction.x0}
+        if guidance_kwargs is not None:
+            guidance = self._authors_guidance(model, guidance_kwargs)
+        x = self._start(model, shape, noise, device, skip_timesteps, init_image)
+        denoiser = self.denoiser(model, clip_denoised, denoised_fn)
+        step = partial(
+            self.p_sample,
+            model,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+        )
+        yield from self._loop(step, x, denoiser, guidance, step_noise, skip_timesteps, progress)
+
+    def ddim_sample_loop(
+        self,
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        **more: Any,
+    ) -> Tensor:
+        """The sample x_0 of `ddim_sample_loop_progressive`, with the same arguments."""
+        return _last(
+            self.ddim_sample_loop_progressive(
+                model,
+                shape,
+                noise=noise,
+                clip_denoised=clip_denoised,
+                denoised_fn=denoised_fn,
+                cond_fn=cond_fn,
+                model_kwargs=model_kwargs,
+                device=device,
+                progress=progress,
+                eta=eta,
+                **more,
+            )
+        )
 
     def ddim_sample_loop_progressive(
         self,
@@ -187,47 +450,199 @@ class GaussianDiffusion(Diffusion):
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
-        model_kwargs: Mapping[str, Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
         eta: float = 0.0,
+        *,
         guidance: Guidances = None,
         step_noise: samplers.Noise | None = None,
+        skip_timesteps: int = 0,
+        init_image: Tensor | None = None,
+        guidance_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Result]:
-        """DDIM from x_T = `noise`: after every step, what `ddim_sample` returns."""
-        x_T, step_noise = self._start(model, shape, noise, device, step_noise)
-        denoiser = self.guided(self.denoiser(model, clip_denoised, denoised_fn), guidance, cond_fn)
-        states = samplers.ddim(denoiser, self.process, x_T, model_kwargs or {}, step_noise, eta)
-        for state in tqdm(states, total=self.num_timesteps, disable=not progress):
-            yield {"sample": state.x, "pred_xstart": samplers.ddim_belief(state.prediction)[0]}
+        """DDIM, as `p_sample_loop_progressive`: after every step, what `ddim_sample` returns."""
+        if guidance_kwargs is not None:
+            guidance = self._authors_guidance(model, guidance_kwargs)
+        x = self._start(model, shape, noise, device, skip_timesteps, init_image)
+        denoiser = self.denoiser(model, clip_denoised, denoised_fn)
+        step = partial(
+            self.ddim_sample,
+            model,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            eta=eta,
+        )
+        yield from self._loop(step, x, denoiser, guidance, step_noise, skip_timesteps, progress)
 
-    p_sample_loop = _last_sample(p_sample_loop_progressive)
-    ddim_sample_loop = _last_sample(ddim_sample_loop_progressive)
+    def ddim_reverse_sample_loop(
+        self,
+        model: Callable[..., Tensor],
+        image: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        *,
+        guidance: Guidances = None,
+        skip_timesteps: int = 0,
+    ) -> Tensor:
+        """The noise x_T that DDIM's deterministic path leads to from `image`, [N, C, H, W] in [−1, 1].
 
-    @staticmethod
+        skip_timesteps: leave out so many of the last steps, for a loop that leaves out the same of the first.
+        """
+        step = partial(
+            self.ddim_reverse_sample,
+            model,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+        )
+        steps = range(self.num_timesteps - skip_timesteps)
+        denoiser = self.denoiser(model, clip_denoised, denoised_fn)
+        return _last(self._steps(step, image, steps, denoiser, guidance, None, progress))
+
+    def _authors_guidance(self, model: Any, guidance_kwargs: Mapping[str, Any]) -> Guidance:
+        settings = {"fidelity": "reference"} | self.guided_block | dict(guidance_kwargs)
+        [config] = merge((GuidanceConfig,), ("guidance_kwargs", settings))
+        return build_guidance(model, config)
+
     def _start(
+        self,
         model: Callable[..., Tensor],
         shape: Sequence[int],
         noise: Tensor | None,
         device: torch.device | str | None,
-        step_noise: samplers.Noise | None,
-    ) -> tuple[Tensor, samplers.Noise]:
+        skip_timesteps: int,
+        init_image: Tensor | None,
+    ) -> Tensor:
+        """The first x_t of a loop."""
+        if not 0 <= skip_timesteps < self.num_timesteps:
+            raise ValueError(f"skip_timesteps: wanted 0 to {self.num_timesteps - 1}, got {skip_timesteps}")
         if noise is None:
             noise = torch.randn(*shape, device=next(model.parameters()).device if device is None else device)
-        return noise, step_noise or (lambda step: torch.randn_like(noise))
+        if tuple(noise.shape) != tuple(shape):
+            raise ValueError(f"noise: wanted the shape {list(shape)}, got {list(noise.shape)}")
+        if init_image is None and not skip_timesteps:
+            return noise
+        image = torch.zeros_like(noise) if init_image is None else init_image.to(noise)
+        first = torch.full((len(noise),), self.num_timesteps - 1 - skip_timesteps, device=noise.device)
+        return self.q_sample(image, first, noise=noise)
+
+    def _loop(
+        self,
+        step: Callable[..., Result],
+        x: Tensor,
+        denoiser: Denoiser,
+        guidance: Guidances,
+        step_noise: samplers.Noise | None,
+        skip_timesteps: int,
+        progress: bool,
+    ) -> Iterator[Result]:
+        steps = range(self.num_timesteps - 1 - skip_timesteps, -1, -1)
+        return self._steps(step, x, steps, denoiser, guidance, step_noise, progress)
+
+    def _steps(
+        self,
+        step: Callable[..., Result],
+        x: Tensor,
+        steps: Sequence[int],
+        denoiser: Denoiser,
+        guidance: Guidances,
+        step_noise: samplers.Noise | None,
+        progress: bool,
+    ) -> Iterator[Result]:
+        """`step` after step, with one guided denoiser that remembers what `every` uses again."""
+        more: dict[str, Any] = {}
+        if guidance is not None:
+            _takes(step.func, "guidance")
+            more["guidance"] = self._guided(denoiser, guidance)
+        if step_noise is not None:
+            _takes(step.func, "noise")
+        for number in tqdm(steps, disable=not progress):
+            t = torch.full((len(x),), number, device=x.device)
+            if step_noise is not None:
+                more["noise"] = step_noise(number)
+            with torch.no_grad():
+                out = step(x, t, **more)
+            yield out
+            x = out["sample"]
+
+    def _vb_terms_bpd(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """`output`: a term of the variational bound for each row, [N] bits/dim; and `pred_xstart`."""
+        out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+        belief = self._belief(out, x_t, t, model_kwargs, clip_denoised)
+        return {"output": losses.vb_terms_bpd(belief, x_start), "pred_xstart": out["pred_xstart"]}
+
+    def _prior_bpd(self, x_start: Tensor) -> Tensor:
+        """KL of q(x_T | x_0) from the standard normal, [N] bits/dim."""
+        t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        zero = torch.zeros_like(x_start[:1])
+        return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
+
+    def training_losses(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+    ) -> Result:
+        """`loss` [N] of a batch in [−1, 1], and its parts `mse` and `vb` where there are two."""
+        condition = model_kwargs or {}
+        noise = torch.randn_like(x_start) if noise is None else noise
+
+        def bound(network: Callable[..., Tensor], x_t: Tensor) -> Tensor:
+            return self._vb_terms_bpd(
+                model=network, x_start=x_start, x_t=x_t, t=t, clip_denoised=False, model_kwargs=condition
+            )["output"]
+
+        denoiser = self._network(model, clip_denoised=False)
+        return losses.training_losses(denoiser, self.loss_type, x_start, t, condition, noise, bound)
 
     def calc_bpd_loop(
         self,
         model: Callable[..., Tensor],
         x_start: Tensor,
         clip_denoised: bool = True,
-        model_kwargs: Mapping[str, Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
         step_noise: samplers.Noise | None = None,
     ) -> Result:
         """The variational bound of x_start in bits/dim: total_bpd, prior_bpd [N]; vb, xstart_mse, mse [N, T].
 
         T: the last step first. step_noise: the noise of a step, by number (drawn if not given).
         """
+
+        def term(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            out = self._vb_terms_bpd(
+                model, x_start=x_start, x_t=x_t, t=t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
+            )
+            return out["output"], out["pred_xstart"]
+
         noise_of = step_noise or (lambda step: torch.randn_like(x_start))
-        denoiser = self.denoiser(model, clip_denoised)
-        return losses.bpd_loop(denoiser, self.process, x_start, model_kwargs or {}, noise_of)
+        return losses.bpd_loop(_OwnProcess(self), x_start, noise_of, term, self._prior_bpd)
+
+
+def _last(results: Iterable[Result]) -> Tensor:
+    for result in results:
+        sample = result["sample"]
+    return sample
+
+
+def _takes(method: Callable[..., Any], name: str) -> None:
+    """Raise a TypeError if a method that was overridden or patched takes no argument of that name."""
+    parameters = inspect.signature(method).parameters.values()
+    if not any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise TypeError(f"{getattr(method, '__qualname__', method)} takes no `{name}`: add it, or pass no {name}")

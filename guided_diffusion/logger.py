@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from .runs.ranks import launched_rank as get_rank_without_mpi_import
+from .runs.ranks import rank_told as get_rank_without_mpi_import
 from .training.log import ProgressFile
 
 DEBUG, INFO, WARN, ERROR, DISABLED = range(10, 60, 10)

@@ -2,6 +2,8 @@
 
 import sys
 
+from ._patchable import Patchable
 from .networks import layers
 
+layers.__class__ = Patchable
 sys.modules[__name__] = layers

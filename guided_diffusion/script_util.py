@@ -1,68 +1,283 @@
-"""The door upstream's users know: defaults, flags, and builders of networks, diffusion and guidance."""
+"""guided-diffusion's script_util: defaults, flags, and builders of networks, diffusion and guidance.
+
+Upstream's parameters come first, in its order and with its defaults; ours follow by keyword. What a builder uses is
+looked up here at every call, so that replacing `UNetModel`, `create_model` and the like takes effect.
+"""
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from typing import Any
 
+from . import gaussian_diffusion as gd
 from .diffusion.diffusion import kinds
 from .diffusion.process import kept_timesteps
-from .gaussian_diffusion import get_named_beta_schedule
 from .guidance.base import Guidance
 from .guidance.building import build_guidance
 from .networks.building import classifier_arguments, network_arguments, upsampling
 from .networks.unet import EncoderUNetModel, SuperResModel, UNetModel
-from .respace import SpacedDiffusion
+from .respace import SpacedDiffusion, space_timesteps
 from .settings.guidance import GuidanceConfig
-from .settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
-from .settings.options import merge, parse_value
+from .settings.model import NUM_CLASSES, ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResolutionConfig
+from .settings.options import merge
+
+OURS = ("num_classes", "null_label", "classifier_channel_mult")
+"""Settings of networks that upstream's defaults do not have; builders take them by keyword."""
+
+OF_MODEL = (
+    "learn_sigma", "class_cond", "use_checkpoint", "attention_resolutions", "num_heads", "num_head_channels",
+    "num_heads_upsample", "use_scale_shift_norm", "dropout", "resblock_updown", "use_fp16",
+)  # fmt: skip
+OF_DIFFUSION = tuple(field.name for field in fields(DiffusionConfig) if field.name != "diffusion_steps")
+
+
+def _defaults(*groups: type) -> dict[str, Any]:
+    return {field.name: field.default for group in groups for field in fields(group) if field.name not in OURS}
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """Settings of ours, but for those that are not given."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def diffusion_defaults() -> dict[str, Any]:
-    """Flags of the diffusion with their defaults."""
-    return asdict(DiffusionConfig())
-
-
-def model_and_diffusion_defaults() -> dict[str, Any]:
-    """Flags of network and diffusion with their defaults."""
-    return asdict(NetworkConfig()) | asdict(DiffusionConfig())
+    """Upstream's flags of the diffusion with their defaults."""
+    return _defaults(DiffusionConfig)
 
 
 def classifier_defaults() -> dict[str, Any]:
-    """Flags of the classifier with their defaults."""
-    return {"image_size": NetworkConfig.image_size} | asdict(ClassifierConfig())
+    """Upstream's flags of the classifier with their defaults."""
+    return {"image_size": NetworkConfig.image_size} | _defaults(ClassifierConfig)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Upstream's flags of network and diffusion with their defaults."""
+    return _defaults(NetworkConfig, DiffusionConfig)
 
 
 def classifier_and_diffusion_defaults() -> dict[str, Any]:
-    """Flags of classifier and diffusion with their defaults."""
-    return classifier_defaults() | asdict(DiffusionConfig())
+    """Upstream's flags of classifier and diffusion with their defaults."""
+    return classifier_defaults() | diffusion_defaults()
 
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """Flags of a super-resolution network and its diffusion with their defaults."""
-    defaults = model_and_diffusion_defaults() | {"large_size": 256, "small_size": 64}
-    del defaults["image_size"], defaults["channel_mult"]
-    return defaults
+    """Upstream's flags of a super-resolution network and its diffusion with their defaults."""
+    defaults = model_and_diffusion_defaults() | _defaults(SuperResolutionConfig)
+    return {key: defaults[key] for key in ("large_size", "small_size", "num_channels", "num_res_blocks", *OF_MODEL)} | {
+        key: defaults[key] for key in ("diffusion_steps", *OF_DIFFUSION)
+    }
 
 
 def sag_defaults() -> dict[str, Any]:
-    """Flags of self-attention guidance with their defaults."""
-    return asdict(GuidanceConfig())
+    """Flags of self-attention guidance, the authors' and ours, with their defaults."""
+    return asdict(GuidanceConfig()) | {"classifier_guidance": False}
+
+
+def create_model_and_diffusion(
+    image_size: int = NetworkConfig.image_size,
+    class_cond: bool = NetworkConfig.class_cond,
+    learn_sigma: bool = DiffusionConfig.learn_sigma,
+    num_channels: int = NetworkConfig.num_channels,
+    num_res_blocks: int = NetworkConfig.num_res_blocks,
+    channel_mult: str = NetworkConfig.channel_mult,
+    num_heads: int = NetworkConfig.num_heads,
+    num_head_channels: int = NetworkConfig.num_head_channels,
+    num_heads_upsample: int = NetworkConfig.num_heads_upsample,
+    attention_resolutions: str = NetworkConfig.attention_resolutions,
+    dropout: float = NetworkConfig.dropout,
+    diffusion_steps: int = DiffusionConfig.diffusion_steps,
+    noise_schedule: str = DiffusionConfig.noise_schedule,
+    timestep_respacing: str | None = DiffusionConfig.timestep_respacing,
+    use_kl: bool = DiffusionConfig.use_kl,
+    predict_xstart: bool = DiffusionConfig.predict_xstart,
+    rescale_timesteps: bool = DiffusionConfig.rescale_timesteps,
+    rescale_learned_sigmas: bool = DiffusionConfig.rescale_learned_sigmas,
+    use_checkpoint: bool = NetworkConfig.use_checkpoint,
+    use_scale_shift_norm: bool = NetworkConfig.use_scale_shift_norm,
+    resblock_updown: bool = NetworkConfig.resblock_updown,
+    use_fp16: bool = NetworkConfig.use_fp16,
+    use_new_attention_order: bool = NetworkConfig.use_new_attention_order,
+    *,
+    num_classes: int | None = None,
+    null_label: bool | None = None,
+    sel_attn_block: str | None = None,
+    sel_attn_depth: int | None = None,
+) -> tuple[UNetModel, SpacedDiffusion]:
+    """Network and diffusion.
+
+    sel_attn_block, sel_attn_depth: the block of self-attention guidance, for the loops' `guidance_kwargs`.
+    """
+    given = locals()
+    model = create_model(
+        image_size,
+        num_channels,
+        num_res_blocks,
+        channel_mult=channel_mult,
+        use_new_attention_order=use_new_attention_order,
+        **{name: given[name] for name in OF_MODEL},
+        **_given(num_classes=num_classes, null_label=null_label),
+    )
+    diffusion = create_gaussian_diffusion(steps=diffusion_steps, **{name: given[name] for name in OF_DIFFUSION})
+    diffusion.guided_block = _given(sel_attn_block=sel_attn_block, sel_attn_depth=sel_attn_depth)
+    return model, diffusion
 
 
 def create_model(
-    image_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool = False, **settings: Any
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+    *,
+    num_classes: int | None = None,
+    null_label: bool = False,
 ) -> UNetModel:
-    """The UNet for upstream's keyword arguments (`NetworkConfig`'s fields) and this function's own defaults."""
-    own = {"attention_resolutions": "16", "num_heads": 1, "use_scale_shift_norm": False}
-    sizes = {"image_size": image_size, "num_channels": num_channels, "num_res_blocks": num_res_blocks}
-    [config] = merge((NetworkConfig,), ("create_model", own | sizes | settings))
+    """The UNet, with random weights. num_classes: where class_cond, default NUM_CLASSES."""
+    settings = locals() | {"num_classes": NUM_CLASSES if num_classes is None else num_classes}
+    del settings["learn_sigma"]
+    [config] = merge((NetworkConfig,), ("create_model", settings))
     return UNetModel(**network_arguments(config, learn_sigma))
 
 
-def create_model_and_diffusion(**settings: Any) -> tuple[UNetModel, SpacedDiffusion]:
-    """Network and diffusion for upstream's keyword arguments (`model_and_diffusion_defaults`)."""
-    network, diffusion = merge((NetworkConfig, DiffusionConfig), ("create_model_and_diffusion", settings))
-    return UNetModel(**network_arguments(network, diffusion.learn_sigma)), _diffusion(diffusion)
+def create_classifier_and_diffusion(
+    image_size: int = NetworkConfig.image_size,
+    classifier_use_fp16: bool = ClassifierConfig.classifier_use_fp16,
+    classifier_width: int = ClassifierConfig.classifier_width,
+    classifier_depth: int = ClassifierConfig.classifier_depth,
+    classifier_attention_resolutions: str = ClassifierConfig.classifier_attention_resolutions,
+    classifier_use_scale_shift_norm: bool = ClassifierConfig.classifier_use_scale_shift_norm,
+    classifier_resblock_updown: bool = ClassifierConfig.classifier_resblock_updown,
+    classifier_pool: str = ClassifierConfig.classifier_pool,
+    learn_sigma: bool = DiffusionConfig.learn_sigma,
+    diffusion_steps: int = DiffusionConfig.diffusion_steps,
+    noise_schedule: str = DiffusionConfig.noise_schedule,
+    timestep_respacing: str | None = DiffusionConfig.timestep_respacing,
+    use_kl: bool = DiffusionConfig.use_kl,
+    predict_xstart: bool = DiffusionConfig.predict_xstart,
+    rescale_timesteps: bool = DiffusionConfig.rescale_timesteps,
+    rescale_learned_sigmas: bool = DiffusionConfig.rescale_learned_sigmas,
+    *,
+    classifier_channel_mult: str | None = None,
+    num_classes: int | None = None,
+) -> tuple[EncoderUNetModel, SpacedDiffusion]:
+    """Noisy-image classifier and diffusion."""
+    given = locals()
+    classifier = create_classifier(
+        image_size,
+        classifier_use_fp16,
+        classifier_width,
+        classifier_depth,
+        classifier_attention_resolutions,
+        classifier_use_scale_shift_norm,
+        classifier_resblock_updown,
+        classifier_pool,
+        **_given(classifier_channel_mult=classifier_channel_mult, num_classes=num_classes),
+    )
+    diffusion = create_gaussian_diffusion(steps=diffusion_steps, **{name: given[name] for name in OF_DIFFUSION})
+    return classifier, diffusion
+
+
+def create_classifier(
+    image_size: int = NetworkConfig.image_size,
+    classifier_use_fp16: bool = ClassifierConfig.classifier_use_fp16,
+    classifier_width: int = ClassifierConfig.classifier_width,
+    classifier_depth: int = ClassifierConfig.classifier_depth,
+    classifier_attention_resolutions: str = ClassifierConfig.classifier_attention_resolutions,
+    classifier_use_scale_shift_norm: bool = ClassifierConfig.classifier_use_scale_shift_norm,
+    classifier_resblock_updown: bool = ClassifierConfig.classifier_resblock_updown,
+    classifier_pool: str = ClassifierConfig.classifier_pool,
+    *,
+    classifier_channel_mult: str = ClassifierConfig.classifier_channel_mult,
+    num_classes: int | None = None,
+) -> EncoderUNetModel:
+    """The noisy-image classifier, with random weights. num_classes: default NUM_CLASSES."""
+    settings = {name: value for name, value in locals().items() if name.startswith("classifier_")}
+    [config] = merge((ClassifierConfig,), ("create_classifier", settings))
+    classes = NUM_CLASSES if num_classes is None else num_classes
+    return EncoderUNetModel(**classifier_arguments(image_size, config, classes))
+
+
+def sr_create_model_and_diffusion(
+    large_size: int = SuperResolutionConfig.large_size,
+    small_size: int = SuperResolutionConfig.small_size,
+    class_cond: bool = NetworkConfig.class_cond,
+    learn_sigma: bool = DiffusionConfig.learn_sigma,
+    num_channels: int = NetworkConfig.num_channels,
+    num_res_blocks: int = NetworkConfig.num_res_blocks,
+    num_heads: int = NetworkConfig.num_heads,
+    num_head_channels: int = NetworkConfig.num_head_channels,
+    num_heads_upsample: int = NetworkConfig.num_heads_upsample,
+    attention_resolutions: str = NetworkConfig.attention_resolutions,
+    dropout: float = NetworkConfig.dropout,
+    diffusion_steps: int = DiffusionConfig.diffusion_steps,
+    noise_schedule: str = DiffusionConfig.noise_schedule,
+    timestep_respacing: str | None = DiffusionConfig.timestep_respacing,
+    use_kl: bool = DiffusionConfig.use_kl,
+    predict_xstart: bool = DiffusionConfig.predict_xstart,
+    rescale_timesteps: bool = DiffusionConfig.rescale_timesteps,
+    rescale_learned_sigmas: bool = DiffusionConfig.rescale_learned_sigmas,
+    use_checkpoint: bool = NetworkConfig.use_checkpoint,
+    use_scale_shift_norm: bool = NetworkConfig.use_scale_shift_norm,
+    resblock_updown: bool = NetworkConfig.resblock_updown,
+    use_fp16: bool = NetworkConfig.use_fp16,
+    *,
+    use_new_attention_order: bool | None = None,
+    num_classes: int | None = None,
+    null_label: bool | None = None,
+) -> tuple[SuperResModel, SpacedDiffusion]:
+    """Super-resolution network and diffusion."""
+    given = locals()
+    ours = ("use_new_attention_order", "num_classes", "null_label")
+    model = sr_create_model(
+        large_size,
+        small_size,
+        num_channels,
+        num_res_blocks,
+        **{name: given[name] for name in OF_MODEL},
+        **_given(**{name: given[name] for name in ours}),
+    )
+    diffusion = create_gaussian_diffusion(steps=diffusion_steps, **{name: given[name] for name in OF_DIFFUSION})
+    return model, diffusion
+
+
+def sr_create_model(
+    large_size: int,
+    small_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    resblock_updown: bool,
+    use_fp16: bool,
+    *,
+    use_new_attention_order: bool = False,
+    num_classes: int | None = None,
+    null_label: bool = False,
+) -> SuperResModel:
+    """The super-resolution network, with random weights. small_size: checked alone, the network itself takes any."""
+    settings = locals() | {"num_classes": NUM_CLASSES if num_classes is None else num_classes}
+    for name in ("large_size", "small_size", "learn_sigma"):
+        del settings[name]
+    [config] = merge((NetworkConfig,), ("sr_create_model", settings))
+    return SuperResModel(**network_arguments(upsampling(config, large_size, small_size), learn_sigma))
 
 
 def create_gaussian_diffusion(
@@ -75,45 +290,27 @@ def create_gaussian_diffusion(
     predict_xstart: bool = False,
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
-    timestep_respacing: str = "",
+    timestep_respacing: str | Iterable[int] | None = "",
 ) -> SpacedDiffusion:
-    """The diffusion for upstream's keyword arguments."""
-    betas = get_named_beta_schedule(noise_schedule, steps)
+    """The diffusion. timestep_respacing: as `space_timesteps`, or `logsnrN`; empty: all steps."""
+    settings = {name: value for name, value in locals().items() if name in OF_DIFFUSION}
+    del settings["timestep_respacing"]
+    [config] = merge((DiffusionConfig,), ("create_gaussian_diffusion", settings | {"diffusion_steps": steps}))
+    betas = gd.get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
+    spacing = timestep_respacing or [len(betas)]
+    by_snr = isinstance(spacing, str) and spacing.startswith("logsnr")
     return SpacedDiffusion(
-        use_timesteps=kept_timesteps(betas, timestep_respacing or [steps]),
+        use_timesteps=kept_timesteps(betas, spacing) if by_snr else space_timesteps(len(betas), spacing),
         betas=betas,
-        rescale_timesteps=rescale_timesteps,
+        rescale_timesteps=config.rescale_timesteps,
         **kinds(
-            learn_sigma=learn_sigma,
+            learn_sigma=config.learn_sigma,
             sigma_small=sigma_small,
-            use_kl=use_kl,
-            predict_xstart=predict_xstart,
-            rescale_learned_sigmas=rescale_learned_sigmas,
+            use_kl=config.use_kl,
+            predict_xstart=config.predict_xstart,
+            rescale_learned_sigmas=config.rescale_learned_sigmas,
         ),
     )
-
-
-def _diffusion(config: DiffusionConfig) -> SpacedDiffusion:
-    settings = asdict(config)
-    return create_gaussian_diffusion(steps=settings.pop("diffusion_steps"), **settings)
-
-
-def create_classifier(image_size: int, **settings: Any) -> EncoderUNetModel:
-    """The classifier for upstream's keyword arguments (`classifier_defaults`)."""
-    [config] = merge((ClassifierConfig,), ("create_classifier", settings))
-    return EncoderUNetModel(**classifier_arguments(image_size, config))
-
-
-def sr_create_model_and_diffusion(
-    large_size: int, small_size: int, **settings: Any
-) -> tuple[SuperResModel, SpacedDiffusion]:
-    """Super-resolution network and diffusion for upstream's keyword arguments (`sr_model_and_diffusion_defaults`).
-
-    small_size is the side of the low-resolution images; the network itself takes any.
-    """
-    network, diffusion = merge((NetworkConfig, DiffusionConfig), ("sr_create_model_and_diffusion", settings))
-    network = upsampling(network, large_size, small_size)
-    return SuperResModel(**network_arguments(network, diffusion.learn_sigma)), _diffusion(diffusion)
 
 
 def create_guidance(model: UNetModel, **settings: Any) -> Guidance:
@@ -123,14 +320,21 @@ def create_guidance(model: UNetModel, **settings: Any) -> Guidance:
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
-    """A flag for every key; its type is that of the default (str for None, True or False for bool)."""
+    """A flag for every key; its type is that of the default (str for None, `str2bool` for bool)."""
     for key, default in default_dict.items():
-        kind = str if default is None else type(default)
-        parser.add_argument(
-            f"--{key}", default=default, type=lambda text, kind=kind, key=key: parse_value(text, kind, key)
-        )
+        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{key}", default=default, type=kind)
 
 
-def args_to_dict(args: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
     """The values of some flags."""
     return {key: getattr(args, key) for key in keys}
+
+
+def str2bool(v: bool | str) -> bool:
+    """Whether a flag's text means yes."""
+    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
+    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
+    if str(v).lower() not in words:
+        raise argparse.ArgumentTypeError(f"wanted True or False, got {v!r}")
+    return words[str(v).lower()]

@@ -85,7 +85,7 @@ def merge_memory(folder):
         images = chance.randint(0, 256, (count, 64, 64, 3), dtype=np.uint8)
         store.write(number, Shard(images, chance.randint(0, 1000, count), 1.0))
     code = (
-        "import resource, sys; from guided_diffusion.sample_store import SampleStore; "
+        "import resource, sys; from guided_diffusion.runs.sample_store import SampleStore; "
         f"SampleStore({store.folder!r}, {{}}, 50_000, 1000, (64, 64, 3), True).merge(); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -1,6 +1,13 @@
-"""A small network that many tests use."""
+"""Small models that many tests use."""
+
+from pathlib import Path
 
 import torch
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+EMBEDDED = {"config": CONFIGS / "emoji.yaml", "timestep_respacing": 2, "batch_size": 2}
+"""Flags of a run of the embedded model in two steps."""
 
 SMALL = {
     "image_size": 16,

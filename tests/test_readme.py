@@ -1,27 +1,70 @@
-"""The README's Python code runs as it stands."""
+"""The Python code of the README and of docs/ runs as it stands."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+
+from guided_diffusion.networks.attention import record_attention
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_python_blocks_run(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def run_blocks(document, count):
+    """The names that the Python code of a document leaves."""
     torch.manual_seed(0)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 2
-    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == count
+    names = {"__name__": document}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, document, "exec"), names)
+    return names
+
+
+def test_the_code_of_the_readme_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = run_blocks("README.md", 3)
+    assert names["images"].shape == names["unguided"].shape == (4, 32, 32, 3)
+    assert (names["images"] != names["unguided"]).any()
     assert names["samples"].shape == (2, 3, 32, 32)
     torch.testing.assert_close(names["score"].mean(dim=(1, 2)), torch.ones(2))
 
 
+def test_the_code_about_own_networks_guides_a_network_that_is_not_ours():
+    names = run_blocks("docs/own_network.md", 3)
+    network, guidance, diffusion = names["network"], names["guidance"], names["diffusion"]
+    # The score is that of the attention map that PyTorch's layer itself gives out.
+    seen = []
+    layer = network.attention
+    handle = layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs))
+    before = network(names["samples"], torch.tensor([10, 10]))
+    handle.remove()
+    attention = layer(*seen[0], average_attn_weights=False)[1]
+    torch.testing.assert_close(names["score"], attention.mean(dim=1).sum(dim=1).unflatten(1, (8, 8)))
+    # Nothing is left that listens, and guidance is what makes the samples others.
+    assert not layer._forward_pre_hooks
+    with record_attention(guidance.block):
+        assert torch.equal(network(names["samples"], torch.tensor([10, 10])), before)
+    noise = torch.randn(2, 3, 16, 16)
+    ends = []
+    for given in (None, guidance, replace(guidance, scale=0.0)):
+        torch.manual_seed(1)
+        ends.append(diffusion.p_sample_loop(network, noise.shape, noise=noise, guidance=given))
+    assert not torch.allclose(ends[0], ends[1], atol=1e-3)
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_a_block_that_is_not_heard_stops_the_sampling():
+    names = run_blocks("docs/own_network.md", 3)
+    other = replace(names["guidance"], block=names["Block"](names["Network"]().attention, (8, 8)))
+    with pytest.raises(ValueError, match=r"sag_block: .* was not heard"):
+        names["diffusion"].p_sample_loop(names["network"], (1, 3, 16, 16), guidance=other)
+
+
 def test_named_files_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "docs/own_network.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         paths = set(re.findall(r"`((?:guided_diffusion|scripts|configs|tests)/[\w/.]*)`", text))
         paths |= set(re.findall(r"\]\((?!http)([^)]+)\)", text))

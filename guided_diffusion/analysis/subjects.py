@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from ..diffusion.process import NoiseLevels
 from ..guidance.base import Guidance
 from ..networks.attention import Attends, attention_blocks
 from ..runs.pipeline import ImagePipeline
-from ..runs.prepare import image_run
+from ..runs.prepare import Configs, image_run
 from ..settings.stable_diffusion import PRESETS, LatentGuidanceConfig, StableDiffusionConfig
 from ..stable_diffusion.attention import self_attention_layers
 from ..stable_diffusion.model import load
@@ -43,22 +42,18 @@ class Subject:
         return replace(self.pipeline, guidances=(*self.pipeline.guidances, watching))
 
 
-def image_subject(configs: Sequence[Any], device: torch.device) -> Subject:
-    """Of configurations of IMAGE_GROUPS. Known images have the condition of the samples of the same numbers."""
+def image_subject(configs: Configs, device: torch.device) -> Subject:
+    """A network of pixels. Known images have the condition of the samples of the same numbers."""
     prepared = image_run(configs, device)
     pipeline = prepared.pipeline
-
-    def condition(indices: Sequence[int]) -> Condition:
-        return {name: rows.to(device) for name, rows in pipeline.condition_of(indices).items()}
-
     return Subject(
         pipeline,
         attention_blocks(pipeline.network),
-        pipeline.diffusion.denoiser(pipeline.network, pipeline.config.clip_denoised),
+        pipeline.denoiser,
         pipeline.diffusion.process,
         lambda images: images,
-        condition,
-        configs[1].blur_sigma,
+        pipeline.condition,
+        configs.sag.blur_sigma,
         prepared.guidance_line,
     )
 

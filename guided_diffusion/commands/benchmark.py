@@ -22,6 +22,7 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,26 +35,26 @@ from evaluations.inception import ConvNorm, Inception
 from evaluations.moments import Moments, frechet_distance
 from evaluations.neighbours import BLOCK, Distances, neighbours
 
-from ..networks.attention import QKVAttention, TokenLinear
+from ..networks.attention import TokenLinear
+from ..networks.unet import AttentionBlock
 from ..runs.pipeline import ImagePipeline
-from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, classifier_run, image_run
+from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Configs, image_run
 from ..runs.ranks import command, start
 from ..runs.sample_store import SampleStore, Shard
 from ..runs.timing import in_turns, medians, peak_bytes, seconds
 from ..settings.options import parse_args
-from ..settings.shipped import shipped
 from ..storage import pictures
 
 import torch  # isort: skip (after evaluations, which sets how its threads wait)
 
-EMBEDDED = ["--config", str(shipped("emoji.yaml")), "--batch_size", "16", "--timestep_respacing", "100"]
+EMBEDDED = ["--config", "emoji", "--batch_size", "16", "--timestep_respacing", "100"]
 FAST = ["--sampler", "unipc", "--timestep_respacing", "logsnr12"]
-CLASSIFIER = ["--config", str(shipped("emoji_classifier.yaml"))]
+CLASSIFIER = ["--config", "emoji_classifier"]
 ADM64 = shlex.split(
     "--model_path none --image_size 64 --num_channels 96 --num_res_blocks 2 --attention_resolutions 32,16,8 "
     "--num_head_channels 48 --resblock_updown True --use_new_attention_order True --learn_sigma True --batch_size 4"
 )
-ADM256 = ["--config", str(shipped("adm_imagenet256_uncond.yaml")), "--batch_size", "16"]
+ADM256 = ["--config", "adm_imagenet256_uncond", "--batch_size", "16"]
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,15 @@ class Row:
 def plain(network: torch.nn.Module) -> None:
     """Turn a network into the plain path: whole attention maps, tokens and pixels in NCHW order."""
 
-    def attend(attention: QKVAttention, qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = attention.split(qkv)
+    def attend(block: AttentionBlock, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = block.split(qkv)
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(dim=-1)
         return (weights.to(v.dtype) @ v).transpose(-1, -2).flatten(1, 2)
 
     network.to(memory_format=torch.contiguous_format)
     for module in network.modules():
-        if isinstance(module, QKVAttention):
-            module.forward = MethodType(attend, module)
+        if isinstance(module, AttentionBlock):
+            module.attention.forward = partial(attend, module)
         elif isinstance(module, TokenLinear):
             module.forward = MethodType(torch.nn.Conv1d.forward, module)
 
@@ -89,8 +90,8 @@ def pipeline_of(argv: list[str], path: str, weights: bool) -> ImagePipeline:
         device = start().device
     else:  # without start, which tunes the allocator
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    groups, build = (CLASSIFIER_GROUPS, classifier_run) if CLASSIFIER[1] in argv else (IMAGE_GROUPS, image_run)
-    pipeline = build(parse_args("", groups, argv), device, weights).pipeline
+    groups = CLASSIFIER_GROUPS if CLASSIFIER[1] in argv else IMAGE_GROUPS
+    pipeline = image_run(Configs.of(parse_args("", groups, argv)), device, weights).pipeline
     if path == "plain":
         plain(pipeline.network)
     return pipeline

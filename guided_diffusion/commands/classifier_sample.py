@@ -2,10 +2,10 @@
 
 Like image_sample.py, with a noisy-image classifier: it pulls every sample to its class. For example, ADM 128²:
 
-  python scripts/classifier_sample.py --config configs/adm_imagenet128_cond.yaml --config configs/adm_classifier128.yaml
+  python scripts/classifier_sample.py --config adm_imagenet128_cond --config adm_classifier128
 """
 
-from ..runs.prepare import CLASSIFIER_GROUPS, classifier_run
+from ..runs.prepare import CLASSIFIER_GROUPS, Configs, image_run
 from ..runs.ranks import command, start
 from ..runs.run import run
 from ..settings.options import exit_on_bad_input, parse_args
@@ -13,8 +13,8 @@ from ..settings.options import exit_on_bad_input, parse_args
 
 @command
 def main() -> None:
-    configs = parse_args(__doc__, CLASSIFIER_GROUPS)
+    configs = Configs.of(parse_args(__doc__, CLASSIFIER_GROUPS))
     job = start()
     with exit_on_bad_input():
-        prepared = classifier_run(configs, job.device)
+        prepared = image_run(configs, job.device)
     run(prepared.pipeline, prepared.settings, prepared.guidance_line, job)

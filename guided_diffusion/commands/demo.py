@@ -1,6 +1,6 @@
 """Self-attention guidance in five minutes: the embedded model, the same noise, without and with guidance.
 
-Settings come from configs/emoji.yaml, then flags. Writes to runs/demo: comparison.png (unguided | attention mask |
+Settings come from --config emoji, then flags. Writes to runs/demo: comparison.png (unguided | attention mask |
 guided), the folders unguided and guided with all samples, and summary.txt with their distances to the training
 pictures. All flags of image_sample.py work here too:
 
@@ -10,27 +10,30 @@ pictures. All flags of image_sample.py work here too:
 from dataclasses import replace
 from pathlib import Path
 
-from ..runs.prepare import IMAGE_GROUPS, image_run
+from ..runs.prepare import IMAGE_GROUPS, Configs, image_run
 from ..runs.ranks import Job, command
 from ..settings.guidance import OtherGuidanceConfig
 from ..settings.options import exit_on_bad_input, parse_args
-from ..settings.shipped import shipped
 from ..tables.comparison import compare
 
 
 @command
 def main() -> None:
-    configs = parse_args(__doc__, IMAGE_GROUPS, default_config=str(shipped("emoji.yaml")))
-    sampling, guidance, others, *about_model = configs
+    configs = Configs.of(parse_args(__doc__, IMAGE_GROUPS, default_config="emoji"))
+    sampling, sag = configs.sampling, configs.sag
     job = Job()
     folder = Path(sampling.out_dir or "runs/demo")
     # The masks are seen while samples are made, so none are taken over from an earlier run.
-    guided = replace(sampling, out_dir=str(folder / "guided"), overwrite=True)
-    unguided = replace(guided, out_dir=str(folder / "unguided"))
-    none = replace(guidance, guide_scale=1.0, sag_scale=None)
+    guided = replace(configs, sampling=replace(sampling, out_dir=str(folder / "guided"), overwrite=True))
+    unguided = replace(
+        configs,
+        sampling=replace(guided.sampling, out_dir=str(folder / "unguided")),
+        sag=replace(sag, guide_scale=1.0, sag_scale=None),
+        others=OtherGuidanceConfig(),
+    )
     with exit_on_bad_input():
-        if guidance.scale == 0:
+        if sag.scale == 0:
             raise ValueError("sag_scale: the demo compares with guidance, give a strength other than 0")
-        with_guidance = image_run([guided, guidance, others, *about_model], job.device)
-        without = image_run([unguided, none, OtherGuidanceConfig(), *about_model], job.device)
-    print(compare(without, with_guidance, guidance, folder, job), end="")
+        with_guidance = image_run(guided, job.device)
+        without = image_run(unguided, job.device)
+    print(compare(without, with_guidance, sag, folder, job), end="")

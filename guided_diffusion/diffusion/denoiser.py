@@ -72,7 +72,7 @@ class Prediction:
         """x̂_0 after denoised_fn and clamp."""
         return self.restrict(self.raw_x0)
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
         """Mean of p(x_{t−1} | x_t), before any classifier's shift."""
         if self.network_mean is not None:
@@ -102,7 +102,10 @@ class Prediction:
         """
         kept = self.raw_x0 if otherwise is None else otherwise
         raw_x0 = self.process.x0_from_eps(self.x_t, self.t, eps, otherwise=kept)
-        mean = None if self.network_mean is None else self.process.q_posterior_mean(raw_x0, self.x_t, self.t)
+        mean = self.network_mean
+        if mean is not None:
+            mean = mean + self.process.q_posterior_mean(raw_x0, self.x_t, self.t)
+            mean = mean - self.process.q_posterior_mean(self.raw_x0, self.x_t, self.t)
         return replace(self, eps=eps, raw_x0=raw_x0, network_mean=mean)
 
     def rows(self, part: slice, condition: Condition) -> "Prediction":

@@ -55,9 +55,14 @@ class Diffusion:
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`loss` [N] of a batch [N, C, H, W] in [−1, 1], and its parts `mse` and `vb` where there are two."""
+        condition = model_kwargs or {}
         noise = torch.randn_like(x_start) if noise is None else noise
+
+        def bound(network: Callable[..., Tensor], x_t: Tensor) -> Tensor:
+            return losses.vb_terms_bpd(self.denoiser(network, clip_denoised=False)(x_t, t, condition), x_start)
+
         denoiser = self.denoiser(model, clip_denoised=False)
-        return losses.training_losses(denoiser, self.loss_type, x_start, t, model_kwargs or {}, noise)
+        return losses.training_losses(denoiser, self.loss_type, x_start, t, condition, noise, bound)
 
 
 def kinds(

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .denoiser import Condition, Denoiser, ModelMeanType, NetworkDenoiser, Prediction
+from .denoiser import Condition, ModelMeanType, NetworkDenoiser, Prediction
 from .process import ForwardProcess
 
 
-def mean_flat(x: Tensor) -> Tensor:
+def mean_flat(tensor: Tensor) -> Tensor:
     """Mean over all dimensions but the first: [N, ...] to [N]."""
-    return x.flatten(1).mean(dim=1)
+    return tensor.flatten(1).mean(dim=1)
 
 
 class LossType(enum.Enum):
@@ -24,30 +24,27 @@ class LossType(enum.Enum):
     KL = enum.auto()
     RESCALED_KL = enum.auto()
 
+    def is_vb(self) -> bool:
+        """Whether it is the bound alone."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
 
-def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+
+def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
     """KL divergence of two diagonal Gaussians in nats, elementwise; arguments broadcast."""
-    return 0.5 * (
-        log_variance2
-        - log_variance1
-        - 1
-        + (log_variance1 - log_variance2).exp()
-        + (mean1 - mean2) ** 2 * (-log_variance2).exp()
-    )
+    logvar1, logvar2 = torch.as_tensor(logvar1), torch.as_tensor(logvar2)
+    return 0.5 * (logvar2 - logvar1 - 1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
 
 
-def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """log P of 8-bit values x (scaled to [−1, 1]) under a Gaussian integrated over each value's bin, in nats.
+def approx_standard_normal_cdf(x: Tensor) -> Tensor:
+    """Φ(x) ≈ (1 + tanh(√(2/π)(x + 0.044715 x³)))/2, as in the published bounds."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
-    The normal distribution function is Φ(z) ≈ (1 + tanh(√(2/π)(z + 0.044715 z³)))/2, as in the published bounds.
-    """
 
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
+def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
+    """log P of 8-bit values x (scaled to [−1, 1]) under a Gaussian integrated over each value's bin, in nats."""
     precision = (-log_scales).exp()
-    upper = cdf(precision * (x - means + 1 / 255))
-    lower = cdf(precision * (x - means - 1 / 255))
+    upper = approx_standard_normal_cdf(precision * (x - means + 1 / 255))
+    lower = approx_standard_normal_cdf(precision * (x - means - 1 / 255))
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
 
@@ -61,7 +58,7 @@ def vb_terms_bpd(prediction: Prediction, x0: Tensor) -> Tensor:
         prediction.mean,
         prediction.log_variance,
     )
-    nll = -discretized_gaussian_log_likelihood(x0, prediction.mean, 0.5 * prediction.log_variance)
+    nll = -discretized_gaussian_log_likelihood(x0, means=prediction.mean, log_scales=0.5 * prediction.log_variance)
     return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
 
@@ -69,9 +66,12 @@ def prior_bpd(process: ForwardProcess, x0: Tensor) -> Tensor:
     """KL of q(x_T | x_0) from the standard normal, [N] bits/dim."""
     t = torch.full((len(x0),), process.num_timesteps - 1, device=x0.device)
     mean = process.at("sqrt_alphas_cumprod", t, x0) * x0
-    zero = torch.zeros_like(x0[:1])
     log_variance = process.at("log_one_minus_alphas_cumprod", t, x0)
-    return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
+    return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
+
+
+Bound = Callable[[Callable[..., Tensor], Tensor], Tensor]
+"""Terms of the bound [N], in bits/dim, of a network at x_t."""
 
 
 def training_losses(
@@ -81,6 +81,7 @@ def training_losses(
     t: Tensor,
     condition: Condition,
     noise: Tensor,
+    bound: Bound,
 ) -> dict[str, Tensor]:
     """Losses of one batch, each [N]: `loss`, and its parts `mse` and `vb` where there are two.
 
@@ -89,10 +90,10 @@ def training_losses(
     """
     process = denoiser.process
     x_t = process.q_sample(x0, t, noise)
-    output = denoiser.network(x_t, process.network_timesteps(t), **condition)
-    if loss_type in (LossType.KL, LossType.RESCALED_KL):
-        loss = vb_terms_bpd(denoiser.read(output, x_t, t, condition), x0)
+    if loss_type.is_vb():
+        loss = bound(denoiser.network, x_t)
         return {"loss": loss * process.num_timesteps if loss_type is LossType.RESCALED_KL else loss}
+    output = denoiser.network(x_t, process.network_timesteps(t), **condition)
     value, spread = output.split(x0.shape[1], dim=1) if denoiser.var_type.learned else (output, None)
     target = {
         ModelMeanType.EPSILON: lambda: noise,
@@ -103,35 +104,44 @@ def training_losses(
     mse = mean_flat((target - value) ** 2)
     if spread is None:
         return {"loss": mse, "mse": mse}
-    vb = vb_terms_bpd(denoiser.read(torch.cat([value.detach(), spread], dim=1), x_t, t, condition), x0)
+    frozen = torch.cat([value.detach(), spread], dim=1)
+    vb = bound(lambda *_arguments, **_condition: frozen, x_t)
     if loss_type is LossType.RESCALED_MSE:
         vb = vb * process.num_timesteps / 1000
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
 
+Term = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of (x_t, t): a term of the bound [N], in bits/dim, and x̂_0 of x_t's shape."""
+
+
 @torch.no_grad()
 def bpd_loop(
-    denoiser: Denoiser, process: ForwardProcess, x0: Tensor, condition: Condition, noise_of: Callable[[int], Tensor]
+    process: ForwardProcess,
+    x0: Tensor,
+    noise_of: Callable[[int], Tensor],
+    term: Term,
+    prior: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """The whole variational bound of x0, [N, C, H, W] in [−1, 1].
 
-    noise_of: the noise of a step, of x0's shape. Returns `total_bpd` and `prior_bpd` [N] in bits/dim, and for each step
-    (last first) `vb` [N, T] in bits/dim, `xstart_mse` and `mse` (of ε) [N, T].
+    noise_of: the noise of a step, of x0's shape. prior: of x0, [N] bits/dim. Returns `total_bpd` and `prior_bpd` [N] in
+    bits/dim, and for each step (last first) `vb` [N, T] in bits/dim, `xstart_mse` and `mse` (of ε) [N, T].
     """
     vb, xstart_mse, mse = [], [], []
     for time in reversed(range(process.num_timesteps)):
         t = torch.full((len(x0),), time, device=x0.device)
         noise = noise_of(time)
-        prediction = denoiser(process.q_sample(x0, t, noise), t, condition)
-        vb.append(vb_terms_bpd(prediction, x0))
-        xstart_mse.append(mean_flat((prediction.x0 - x0) ** 2))
-        eps = process.eps_from_x0(prediction.x_t, t, prediction.x0)
-        mse.append(mean_flat((eps - noise) ** 2))
-    prior = prior_bpd(process, x0)
+        x_t = process.q_sample(x0, t, noise)
+        bits, predicted = term(x_t, t)
+        vb.append(bits)
+        xstart_mse.append(mean_flat((predicted - x0) ** 2))
+        mse.append(mean_flat((process.eps_from_x0(x_t, t, predicted) - noise) ** 2))
+    prior_bits = prior(x0)
     terms = torch.stack(vb, dim=1)
     return {
-        "total_bpd": terms.sum(dim=1) + prior,
-        "prior_bpd": prior,
+        "total_bpd": terms.sum(dim=1) + prior_bits,
+        "prior_bpd": prior_bits,
         "vb": terms,
         "xstart_mse": torch.stack(xstart_mse, dim=1),
         "mse": torch.stack(mse, dim=1),

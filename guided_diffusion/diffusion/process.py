@@ -1,11 +1,20 @@
 """The forward process q: noise schedules, its float64 tables, x_0 ↔ ε ↔ v, respacing (Ho et al. 2020; Nichol 2021)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
+    """β of every step, [T] float64, of ᾱ as a function of time in [0, 1]."""
+    steps = num_diffusion_timesteps
+    return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)])
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
@@ -20,7 +29,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
         def alpha_bar(time: float) -> float:
             return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
-        return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)])
+        return betas_for_alpha_bar(steps, alpha_bar)
     raise ValueError(f"noise_schedule: {schedule_name!r} is neither linear nor cosine")
 
 
@@ -187,20 +196,31 @@ class ForwardProcess(NoiseLevels):
         with np.errstate(divide="ignore"):
             self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)
             self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
-        # Divided by α, as guided-diffusion has it: x̂_0 and ε are then its own to the last bit. Where α = 0, as it is.
-        signal = self.alphas > 0
-        self.x_factors = np.where(signal, self.sqrt_recip_alphas_cumprod, 1.0)
-        self.x0_factors = np.where(signal, 1.0, 0.0)
-        self.eps_factors = np.where(signal, self.sqrt_recipm1_alphas_cumprod, self.sigmas)
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         # The first entry is 0, so the second stands in for it wherever a logarithm is taken.
         second = self.posterior_variance[min(1, self.num_timesteps - 1)] or betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - self.alphas_cumprod)
-        self.log_betas = np.log(betas)
-        self.fixed_large_variance = np.append(second, betas[1:])
-        self.fixed_large_log_variance = np.log(self.fixed_large_variance)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Tables that are others in other words."""
+        self.alphas, self.sigmas = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        # Divided by α, as guided-diffusion has it: x̂_0 and ε are then its own to the last bit. Where α = 0, as it is.
+        signal = self.alphas > 0
+        self.x_factors = np.where(signal, self.sqrt_recip_alphas_cumprod, 1.0)
+        self.x0_factors = np.where(signal, 1.0, 0.0)
+        self.eps_factors = np.where(signal, self.sqrt_recipm1_alphas_cumprod, self.sigmas)
+        self.log_betas = np.log(self.betas)
+        self.fixed_large_log_variance = np.append(self.posterior_log_variance_clipped[:1], self.log_betas[1:])
+        self.fixed_large_variance = np.exp(self.fixed_large_log_variance)
+
+    def replace_table(self, name: str, value: Any) -> None:
+        """Put another table, or number of steps, in the place of one."""
+        setattr(self, name, value)
+        self._on_device.clear()
+        self._derive()
 
     def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t−1} | x_t, x_0)."""

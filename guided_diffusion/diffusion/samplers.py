@@ -23,51 +23,65 @@ class State:
     prediction: Prediction
 
 
-def _noise_free(prediction: Prediction) -> Tensor:
-    return (prediction.t == 0).reshape(-1, *[1] * (prediction.x_t.ndim - 1))
+def _noise_free(t: Tensor, x: Tensor) -> Tensor:
+    return (t == 0).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def shifted_mean(mean: Tensor, variance: Tensor, gradient: Tensor) -> Tensor:
+    """μ + Σ · ∇ log p(y | x_t), a classifier's effect on ancestral sampling (Dhariwal & Nichol 2021, Alg. 1)."""
+    return mean + variance * gradient
+
+
+def shifted_eps(process: ForwardProcess, t: Tensor, eps: Tensor, gradient: Tensor) -> Tensor:
+    """ε − √(1 − ᾱ) · ∇ log p(y | x_t), a classifier's effect on DDIM (Dhariwal & Nichol 2021, Alg. 2)."""
+    return eps - process.at("sqrt_one_minus_alphas_cumprod", t, eps) * gradient
 
 
 def ddpm_step(prediction: Prediction, noise: Tensor | None) -> Tensor:
-    """x_{t−1} ~ N(μ, Σ) (Ho et al. 2020); a classifier shifts μ by Σ · ∇ log p (Dhariwal & Nichol, Alg. 1).
+    """x_{t−1} ~ N(μ, Σ) (Ho et al. 2020); a classifier shifts μ.
 
     noise: of x_t's shape, not used where t = 0; None adds none.
     """
     mean = prediction.mean
     if prediction.log_prob_grad is not None:
-        mean = mean + prediction.variance * prediction.log_prob_grad
+        mean = shifted_mean(mean, prediction.variance, prediction.log_prob_grad)
     if noise is None:
         return mean
-    return torch.where(_noise_free(prediction), mean, mean + (0.5 * prediction.log_variance).exp() * noise)
+    return torch.where(_noise_free(prediction.t, mean), mean, mean + (0.5 * prediction.log_variance).exp() * noise)
 
 
 def ddim_belief(prediction: Prediction) -> tuple[Tensor, Tensor]:
-    """(x̂_0, ε) that DDIM steps with: x̂_0 restricted and ε following it; a classifier moves ε (D. & N., Alg. 2)."""
+    """(x̂_0, ε) that DDIM steps with: x̂_0 restricted and ε following it; a classifier moves ε."""
     process, x_t, t = prediction.process, prediction.x_t, prediction.t
     x0 = prediction.x0
     # Where x̂_0 was not changed, the network's own ε is the exact one.
     eps = torch.where(x0 == prediction.raw_x0, prediction.eps, process.eps_from_x0(x_t, t, x0))
     if prediction.log_prob_grad is not None:
-        eps = eps - process.at("sqrt_one_minus_alphas_cumprod", t, x_t) * prediction.log_prob_grad
+        eps = shifted_eps(process, t, eps, prediction.log_prob_grad)
         x0 = process.x0_from_eps(x_t, t, eps, otherwise=x0)
     return x0, eps
 
 
-def ddim_step(prediction: Prediction, noise: Tensor | None, eta: float = 0.0) -> Tensor:
-    """x_{t−1} of DDIM (Song et al. 2021, Eq. 12); eta: 0 deterministic, 1 as random as DDPM."""
-    process, t, x_t = prediction.process, prediction.t, prediction.x_t
-    x0, eps = ddim_belief(prediction)
-    alpha_bar = process.at("alphas_cumprod", t, x_t)
-    alpha_bar_prev = process.at("alphas_cumprod_prev", t, x_t)
+def ddim_move(
+    process: ForwardProcess, t: Tensor, x0: Tensor, eps: Tensor, noise: Tensor | None, eta: float = 0.0
+) -> Tensor:
+    """x_{t−1} of DDIM from a belief (x̂_0, ε) at t (Song et al. 2021, Eq. 12)."""
+    alpha_bar = process.at("alphas_cumprod", t, x0)
+    alpha_bar_prev = process.at("alphas_cumprod_prev", t, x0)
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
     mean = x0 * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
-    return mean if noise is None else torch.where(_noise_free(prediction), mean, mean + sigma * noise)
+    return mean if noise is None else torch.where(_noise_free(t, x0), mean, mean + sigma * noise)
 
 
-def ddim_reverse_step(prediction: Prediction) -> Tensor:
+def ddim_reverse_move(process: ForwardProcess, t: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     """x_{t+1} on the deterministic path of DDIM, from image to noise."""
-    x0, eps = ddim_belief(prediction)
-    alpha_bar_next = prediction.process.at("alphas_cumprod_next", prediction.t, prediction.x_t)
+    alpha_bar_next = process.at("alphas_cumprod_next", t, x0)
     return x0 * alpha_bar_next.sqrt() + (1 - alpha_bar_next).sqrt() * eps
+
+
+def ddim_step(prediction: Prediction, noise: Tensor | None, eta: float = 0.0) -> Tensor:
+    """x_{t−1} of DDIM; eta: 0 deterministic, 1 as random as DDPM."""
+    return ddim_move(prediction.process, prediction.t, *ddim_belief(prediction), noise, eta)
 
 
 def _descend(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..networks.attention import AttentionBlock, find_block
+from ..networks.attention import Replaceable, find_block
 from ..networks.unet import UNetModel
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import NetworkConfig
@@ -110,7 +110,7 @@ def build_other_guidances(
     return guidances
 
 
-def _blocks(network: UNetModel, key: str, names: str) -> tuple[AttentionBlock, ...]:
+def _blocks(network: UNetModel, key: str, names: str) -> tuple[Replaceable, ...]:
     try:
         return tuple(find_block(network, name.strip()) for name in names.split(","))
     except ValueError as error:

@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import Condition, Denoiser, Prediction
 
 
-def classifier_gradient(classifier: nn.Module, scale: float) -> Callable[..., Tensor]:
+class ClassifierGradient(nn.Module):
     """cond_fn(x, t, y) = scale · ∇_x log p(y | x) of a noisy-image classifier, of x's shape."""
 
-    def cond_fn(x: Tensor, t: Tensor, y: Tensor, **_other_conditions: Tensor) -> Tensor:
+    def __init__(self, classifier: nn.Module, scale: float):
+        super().__init__()
+        self.classifier = classifier
+        self.scale = scale
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, **_other_conditions: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            log_probs = F.log_softmax(classifier(x, t), dim=-1)
+            log_probs = F.log_softmax(self.classifier(x, t), dim=-1)
             chosen = log_probs.gather(1, y.reshape(-1, 1))
-            return torch.autograd.grad(chosen.sum(), x)[0] * scale
-
-    return cond_fn
+            return torch.autograd.grad(chosen.sum(), x)[0] * self.scale
 
 
 def with_classifier(denoiser: Denoiser, cond_fn: Callable[..., Tensor]) -> Denoiser:

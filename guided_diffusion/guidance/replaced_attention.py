@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..networks.attention import AttentionBlock, replace_attention
+from ..networks.attention import Replaceable, replace_attention
 from .base import Guidance, Step
 
 
@@ -20,7 +20,7 @@ class ReplacedAttention(Guidance):
 
     uses_base: ClassVar[bool] = False
 
-    blocks: tuple[AttentionBlock, ...]
+    blocks: tuple[Replaceable, ...]
 
     def __post_init__(self):
         super().__post_init__()

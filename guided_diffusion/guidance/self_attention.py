@@ -47,8 +47,10 @@ class SelfAttentionGuidance(MaskedBlur):
 
     def mask(self, step: Observation) -> Tensor:
         """M_t = 1(A_t > ψ), [N, 1, H, W] bool."""
-        score = step.recorded[self][self.block]
-        return attention_mask(score, step.base.x_t.shape[2:], self.threshold)
+        heard = step.recorded[self]
+        if self.block not in heard:
+            raise ValueError("sag_block: its attention was not heard in the pass; is it a block of this network?")
+        return attention_mask(heard[self.block], step.base.x_t.shape[2:], self.threshold)
 
     def degrade(self, base: Prediction, mask: Tensor) -> Tensor:
         if self.fidelity == "reference":

@@ -1,48 +1,64 @@
 """Layers and small tensor helpers shared by the networks."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn import SiLU as SiLU
+
+from ..diffusion.losses import mean_flat as mean_flat
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation with 32 groups, computed in float32 whatever the input's dtype."""
-
-    def __init__(self, channels: int):
-        super().__init__(32, channels)
+    """Group normalisation, computed in float32 whatever the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).type(x.dtype)
 
 
-class Upsample(nn.Module):
-    """Double the side by nearest neighbour; with `use_conv`, a 3×3 convolution follows."""
-
-    def __init__(self, channels: int, use_conv: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+def normalization(channels: int) -> nn.Module:
+    """The normalisation of every block: of [N, channels, ...], in 32 groups."""
+    return GroupNorm32(32, channels)
 
 
-class Downsample(nn.Module):
-    """Halve the side: a strided 3×3 convolution with `use_conv`, else 2×2 averages."""
+def layer_nd(kind: str, dims: int) -> type[nn.Module]:
+    """torch's layer of that kind (`Conv`, `AvgPool`, …) for signals of 1, 2 or 3 dimensions."""
+    if dims not in (1, 2, 3):
+        raise ValueError(f"dims: wanted 1, 2 or 3, got {dims}")
+    return getattr(nn, f"{kind}{dims}d")
 
-    def __init__(self, channels: int, use_conv: bool):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """A convolution over `dims` dimensions, made with the other arguments."""
+    return layer_nd("Conv", dims)(*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """Averages over `dims` dimensions, made with the other arguments."""
+    return layer_nd("AvgPool", dims)(*args, **kwargs)
+
+
+def linear(*args: Any, **kwargs: Any) -> nn.Module:
+    """A linear layer, made with the arguments."""
+    return nn.Linear(*args, **kwargs)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
     """Set every parameter of `module` to zero and return it (residual branches start as identities)."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
+    return module
+
+
+@torch.no_grad()
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
+    """Multiply every parameter of `module` by `scale` and return it."""
+    for parameter in module.parameters():
+        parameter.mul_(scale)
     return module
 
 
@@ -55,6 +71,27 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 
 
 @torch.no_grad()
-def update_ema(targets: list[Tensor], sources: list[Tensor], rate: float) -> None:
-    """Move `targets` in place towards `sources`: target = rate · target + (1 − rate) · source."""
-    torch._foreach_lerp_(targets, [source.detach() for source in sources], 1 - rate)
+def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
+    """Move targets in place towards sources: target = rate · target + (1 − rate) · source."""
+    targets = list(target_params)
+    sources = [source.detach().to(target) for target, source in zip(targets, source_params, strict=True)]
+    if targets:
+        torch._foreach_lerp_(targets, sources, 1 - rate)
+
+
+def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:
+    """`func(*inputs)`; with `flag`, what it computes inside is not kept but computed again for the gradient.
+
+    params: what `func` depends on besides its inputs.
+    """
+    if flag and torch.is_grad_enabled():
+        return CheckpointFunction.apply(func, len(inputs), *inputs, *params)
+    return func(*inputs)
+
+
+class CheckpointFunction:
+    """How `checkpoint` computes again: `args` are `length` inputs, then parameters, which torch finds by itself."""
+
+    @staticmethod
+    def apply(run_function: Callable[..., Any], length: int, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(run_function, *args[:length], use_reentrant=False)

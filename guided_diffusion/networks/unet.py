@@ -1,16 +1,28 @@
-"""The ADM/IDDPM networks (Dhariwal & Nichol 2021; Nichol & Dhariwal 2021), with upstream's tensor names."""
+"""The ADM/IDDPM networks (Dhariwal & Nichol 2021; Nichol & Dhariwal 2021), under upstream's names."""
 
 import logging
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from .attention import AttentionBlock, AttentionPool2d
-from .layers import Downsample, GroupNorm32, Upsample, timestep_embedding, zero_module
+from .attention import Attend, Listener, Split, TokenLinear, split_legacy, split_new
+from .layers import (
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    layer_nd,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
 
 log = logging.getLogger(__name__)
 
@@ -19,50 +31,115 @@ RECOMPILE_LIMIT = 1024
 """Blocks times batch sizes that may be compiled before torch goes on uncompiled; its own limit is 8."""
 
 
-class ResBlock(nn.Module):
+class TimestepBlock(nn.Module):
+    """A layer that takes the timestep embedding as its second input."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """[N, C, ...] and [N, emb_channels] to [N, C', ...]."""
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """A sequence in which every `TimestepBlock` also gets the timestep embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
+        return x
+
+
+def _factor(dims: int) -> int | tuple[int, int, int]:
+    """By how much a level is smaller than the one before: half the sides; of a volume, not its first."""
+    return (1, 2, 2) if dims == 3 else 2
+
+
+class Upsample(nn.Module):
+    """Double the sides by nearest neighbour; with `use_conv`, a convolution of width 3 follows."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.factor = _factor(dims)
+        self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Halve the sides: a strided convolution of width 3 with `use_conv`, else averages."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        factor = _factor(dims)
+        if use_conv:
+            self.op = conv_nd(dims, channels, self.out_channels, 3, stride=factor, padding=1)
+        elif self.out_channels == channels:
+            self.op = avg_pool_nd(dims, kernel_size=factor, stride=factor)
+        else:
+            raise ValueError(f"out_channels: averages keep {channels} channels; {out_channels} need use_conv")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(TimestepBlock):
     """Residual block conditioned on the timestep embedding; `up` or `down` resamples inside it.
 
-    [N, C, H, W] and [N, emb_channels] to [N, out_channels, H', W'].
+    [N, channels, ...] and [N, emb_channels] to [N, out_channels, ...]. `use_conv` makes the skip connection of another
+    width a convolution of width 3 instead of 1.
     """
 
     def __init__(
         self,
         channels: int,
-        out_channels: int,
         emb_channels: int,
-        dropout: float = 0.0,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
         use_scale_shift_norm: bool = False,
+        dims: int = 2,
         use_checkpoint: bool = False,
         up: bool = False,
         down: bool = False,
     ):
         super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else nn.Identity()
+        resampling = Upsample if up else Downsample if down else nn.Identity
+        self.resample = resampling(channels, False, dims)
         self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            normalization(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+            nn.SiLU(), linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
+            normalization(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
+        if out_channels == channels:
+            self.skip_connection = nn.Identity()
+        elif use_conv:
+            self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
+        else:
+            self.skip_connection = conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+        return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
         h = conv(self.resample(activation(norm(x))))
-        emb_out = self.emb_layers(emb).type(h.dtype)[:, :, None, None]
+        emb_out = self.emb_layers(emb).type(h.dtype)
+        emb_out = emb_out.reshape(*emb_out.shape, *[1] * (h.ndim - 2))
         norm, activation, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
@@ -72,45 +149,119 @@ class ResBlock(nn.Module):
         return self.skip_connection(self.resample(x)) + conv(dropout(activation(h)))
 
 
-class TimestepEmbedSequential(nn.Sequential):
-    """A sequence in which residual blocks also get the timestep embedding."""
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
-        return x
+def count_flops_attn(model: nn.Module, _x: Any, y: Sequence[Tensor]) -> None:
+    """A counter for `thop`: add to `model.total_ops` the two matrix products over the tokens of `y[0]`, [N, C, ...]."""
+    n, channels, *sides = y[0].shape
+    model.total_ops += torch.tensor([2 * n * channels * math.prod(sides) ** 2], dtype=torch.float64)
 
 
-def _time_embed(model_channels: int) -> nn.Sequential:
-    width = 4 * model_channels
-    return nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Fused attention of q, k, v, each [N, heads, T, d], to [N, C, T]."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
 
 
-def _encoder(
-    in_channels: int,
-    widths: Sequence[int],
-    num_res_blocks: int,
-    attention_resolutions: Sequence[int],
-    resblock_updown: bool,
-    res: partial,
-    attention: partial,
-) -> tuple[nn.ModuleList, list[int]]:
-    """The downward path, and the number of channels that each of its blocks puts out."""
-    ch = widths[0]
-    blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(in_channels, ch, 3, padding=1))])
-    channels = [ch]
-    for level, width in enumerate(widths):
-        for _ in range(num_res_blocks):
-            layers = [res(ch, width)]
-            ch = width
-            if 2**level in attention_resolutions:
-                layers.append(attention(ch))
-            blocks.append(TimestepEmbedSequential(*layers))
-            channels.append(ch)
-        if level < len(widths) - 1:
-            blocks.append(TimestepEmbedSequential(res(ch, ch, down=True) if resblock_updown else Downsample(ch, True)))
-            channels.append(ch)
-    return blocks, channels
+class QKVAttention(nn.Module):
+    """Attention over tokens, [N, 3·C, T] in the order of `split_new` to [N, C, T]. Holds no parameters."""
+
+    count_flops = staticmethod(count_flops_attn)
+
+    def __init__(self, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return _attend(*split_new(qkv, self.n_heads))
+
+
+class QKVAttentionLegacy(nn.Module):
+    """Attention over tokens, [N, 3·C, T] in the order of `split_legacy` to [N, C, T]. Holds no parameters."""
+
+    count_flops = staticmethod(count_flops_attn)
+
+    def __init__(self, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return _attend(*split_legacy(qkv, self.n_heads))
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over the pixels of a feature map: [N, C, ...] to the same shape."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ):
+        super().__init__()
+        if num_head_channels != -1:
+            if channels % num_head_channels:
+                raise ValueError(f"num_head_channels: {num_head_channels} does not divide {channels} channels")
+            num_heads = channels // num_head_channels
+        elif channels % num_heads:
+            raise ValueError(f"num_heads: {num_heads} does not divide {channels} channels")
+        self.channels = channels
+        self.num_heads = num_heads
+        self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = normalization(channels)
+        self.qkv = TokenLinear(channels, 3 * channels)
+        self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(num_heads)
+        self.proj_out = zero_module(TokenLinear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2)
+        return x + self.proj_out(self.attention(self.qkv(tokens))).reshape(x.shape)
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attention` is given, [N, 3·C, T], as q, k, v of [N, heads, T, d]."""
+        return (split_new if self.use_new_attention_order else split_legacy)(qkv, self.num_heads)
+
+    def listen(self, listener: Listener, split: Split | None = None) -> list[RemovableHandle]:
+        """As `Attends.listen`; `split` reads q, k, v from [N, 3·C, T] in another way than the block itself does."""
+        grid: list[int] = []
+
+        def see(_block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            grid[:] = inputs[0].shape[2:]
+
+        def hear(_attention: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
+            q, k, _ = (split or self.split)(inputs[0])
+            listener(q, k, tuple(grid))
+
+        return [self.register_forward_pre_hook(see), self.attention.register_forward_hook(hear)]
+
+    def replace(self, fn: Attend) -> RemovableHandle:
+        """As `Replaceable.replace`."""
+
+        def hook(_attention: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            return fn(*self.split(inputs[0])).transpose(-1, -2).flatten(1, 2).to(output.dtype)
+
+        return self.attention.register_forward_hook(hook)
+
+
+class AttentionPool2d(nn.Module):
+    """CLIP's pooling: a mean token attends to all pixels; [N, embed_dim, S, S] to [N, output_dim], S = spacial_dim."""
+
+    def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
+        self.qkv_proj = TokenLinear(embed_dim, 3 * embed_dim)
+        self.c_proj = TokenLinear(embed_dim, output_dim or embed_dim)
+        self.num_heads = embed_dim // num_heads_channels
+        self.attention = QKVAttention(self.num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)
+        tokens = tokens + self.positional_embedding.to(tokens.dtype)
+        return self.c_proj(self.attention(self.qkv_proj(tokens)))[:, :, 0]
 
 
 @cache
@@ -131,20 +282,34 @@ def _half_precision(device: torch.device) -> torch.dtype:
 
 
 class _Network(nn.Module):
-    """What denoising networks and classifiers share: a torso that may compute in another dtype than the rest."""
+    """What denoising networks and classifiers share: their blocks, and a torso that may compute in another dtype."""
 
+    _dtype: torch.dtype | None = None
     input_blocks: nn.ModuleList
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the torso computes."""
-        return self.input_blocks[0][0].weight.dtype
+        """The dtype that the torso is given: the one that was set, else that of its weights."""
+        return self._dtype or self.input_blocks[0][0].weight.dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
 
     def convert_to(self, dtype: torch.dtype) -> None:
         """Compute the torso in float16 (GPU only) or bfloat16; embeddings, normalisation and output stay in float32."""
         for name, module in self.named_modules():
-            if name.startswith(TORSO) and isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            if name.startswith(TORSO) and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 module.to(dtype)
+        self._dtype = None
+
+    def convert_to_fp16(self) -> None:
+        """Compute the torso in the half precision of the device: float16, or bfloat16 on a CPU that has it."""
+        self.convert_to(_half_precision(next(self.parameters()).device))
+
+    def convert_to_fp32(self) -> None:
+        """Compute all in float32 again."""
+        self.convert_to(torch.float32)
 
     def compile_blocks(self) -> None:
         """Compile the residual blocks, once for each shape; the attention between them stays open to hooks."""
@@ -153,9 +318,59 @@ class _Network(nn.Module):
             if isinstance(module, ResBlock):
                 module.compile(dynamic=False)
 
-    def convert_to_fp16(self) -> None:
-        """Compute the torso in the half precision of the device: float16, or bfloat16 on a CPU that has it."""
-        self.convert_to(_half_precision(next(self.parameters()).device))
+    def _time_embed(self) -> nn.Sequential:
+        width = 4 * self.model_channels
+        return nn.Sequential(linear(self.model_channels, width), nn.SiLU(), linear(width, width))
+
+    def _res(self, channels: int, out_channels: int, **resampling: bool) -> nn.Module:
+        return ResBlock(
+            channels,
+            4 * self.model_channels,
+            self.dropout,
+            out_channels=out_channels,
+            dims=self.dims,
+            use_checkpoint=self.use_checkpoint,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            **resampling,
+        )
+
+    def _attention(self, channels: int, num_heads: int) -> nn.Module:
+        return AttentionBlock(
+            channels,
+            use_checkpoint=self.use_checkpoint,
+            num_heads=num_heads,
+            num_head_channels=self.num_head_channels,
+            use_new_attention_order=self.use_new_attention_order,
+        )
+
+    def _widths(self) -> list[int]:
+        return [int(mult * self.model_channels) for mult in self.channel_mult]
+
+    def _down(self) -> tuple[nn.ModuleList, list[int]]:
+        """The downward path, and the number of channels that each of its blocks puts out."""
+        widths = self._widths()
+        ch = widths[0]
+        blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, ch, 3, padding=1))])
+        channels = [ch]
+        for level, width in enumerate(widths):
+            for _ in range(self.num_res_blocks):
+                layers = [self._res(ch, width)]
+                ch = width
+                if 2**level in self.attention_resolutions:
+                    layers.append(self._attention(ch, self.num_heads))
+                blocks.append(TimestepEmbedSequential(*layers))
+                channels.append(ch)
+            if level < len(widths) - 1:
+                if self.resblock_updown:
+                    down = self._res(ch, ch, down=True)
+                else:
+                    down = Downsample(ch, self.conv_resample, dims=self.dims, out_channels=ch)
+                blocks.append(TimestepEmbedSequential(down))
+                channels.append(ch)
+        return blocks, channels
+
+    def _middle(self, ch: int) -> nn.Module:
+        return TimestepEmbedSequential(self._res(ch, ch), self._attention(ch, self.num_heads), self._res(ch, ch))
 
 
 class UNetModel(_Network):
@@ -163,7 +378,9 @@ class UNetModel(_Network):
 
     `attention_resolutions` are downsampling factors (2 = half the image's side). `channel_mult` gives one width a
     level, in units of `model_channels`. With `num_head_channels` ≠ -1 it decides the number of heads, not `num_heads`.
-    `num_classes` makes the network class-conditional: it then needs `y`, [N] int64 in [0, num_classes).
+    `num_classes` makes the network class-conditional: it then needs `y`, [N] int64 in [0, num_classes). With
+    `conv_resample` levels are resampled by convolutions. dims: 1, 2 or 3, of the signal. `use_fp16` says that
+    the torso will be converted to float16 before it is called.
     """
 
     def __init__(
@@ -174,10 +391,13 @@ class UNetModel(_Network):
         out_channels: int,
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
+        dropout: float = 0,
         channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
         num_classes: int | None = None,
         use_checkpoint: bool = False,
+        use_fp16: bool = False,
         num_heads: int = 1,
         num_head_channels: int = -1,
         num_heads_upsample: int = -1,
@@ -186,52 +406,36 @@ class UNetModel(_Network):
         use_new_attention_order: bool = False,
     ):
         super().__init__()
-        self.image_size = image_size
-        self.model_channels = model_channels
-        self.num_classes = num_classes
-        self.num_heads = num_heads
-        emb_channels = 4 * model_channels
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        res = partial(
-            ResBlock,
-            emb_channels=emb_channels,
-            dropout=dropout,
-            use_scale_shift_norm=use_scale_shift_norm,
-            use_checkpoint=use_checkpoint,
-        )
-        attention = partial(
-            AttentionBlock,
-            num_head_channels=num_head_channels,
-            use_checkpoint=use_checkpoint,
-            use_new_attention_order=use_new_attention_order,
-        )
-        self.time_embed = _time_embed(model_channels)
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.channel_mult, self.num_res_blocks = model_channels, channel_mult, num_res_blocks
+        self.attention_resolutions, self.dropout, self.num_classes = attention_resolutions, dropout, num_classes
+        self.conv_resample, self.dims, self.use_checkpoint = conv_resample, dims, use_checkpoint
+        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.use_scale_shift_norm, self.resblock_updown = use_scale_shift_norm, resblock_updown
+        self.use_new_attention_order = use_new_attention_order
+        self._dtype = torch.float16 if use_fp16 else None
+        self.time_embed = self._time_embed()
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, emb_channels)
-        self.input_blocks, skips = _encoder(
-            in_channels,
-            widths,
-            num_res_blocks,
-            attention_resolutions,
-            resblock_updown,
-            res,
-            partial(attention, num_heads=num_heads),
-        )
+            self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
+        self.input_blocks, skips = self._down()
         ch = skips[-1]
-        self.middle_block = TimestepEmbedSequential(res(ch, ch), attention(ch, num_heads=num_heads), res(ch, ch))
-        up_heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.middle_block = self._middle(ch)
         self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
+        for level, width in reversed(list(enumerate(self._widths()))):
             for i in range(num_res_blocks + 1):
-                layers = [res(ch + skips.pop(), width)]
+                layers = [self._res(ch + skips.pop(), width)]
                 ch = width
                 if 2**level in attention_resolutions:
-                    layers.append(attention(ch, num_heads=up_heads))
+                    layers.append(self._attention(ch, self.num_heads_upsample))
                 if level and i == num_res_blocks:
-                    layers.append(res(ch, ch, up=True) if resblock_updown else Upsample(ch, True))
+                    if resblock_updown:
+                        layers.append(self._res(ch, ch, up=True))
+                    else:
+                        layers.append(Upsample(ch, conv_resample, dims=dims, out_channels=ch))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
         self.out = nn.Sequential(
-            GroupNorm32(ch), nn.SiLU(), zero_module(nn.Conv2d(widths[0], out_channels, 3, padding=1))
+            normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
         )
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
@@ -257,7 +461,9 @@ class SuperResModel(UNetModel):
     def __init__(self, image_size: int, in_channels: int, *args, **kwargs):
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, *, y: Tensor | None = None
+    ) -> Tensor:
         """As UNetModel, with `low_res` [N, C, s, s] of any side s, in [-1, 1]."""
         if low_res is None:
             raise ValueError("a super-resolution network needs low_res")
@@ -268,6 +474,7 @@ class SuperResModel(UNetModel):
 class EncoderUNetModel(_Network):
     """The UNet's downward half with a pooled head, the noisy-image classifier: [N, C, S, S], [N] to [N, out_channels].
 
+    Arguments as UNetModel; there is no upward half, so `num_heads_upsample` says nothing.
     pool: `adaptive` (mean), `attention` (CLIP's), `spatial` or `spatial_v2` (means of every block, then an MLP).
     """
 
@@ -279,52 +486,48 @@ class EncoderUNetModel(_Network):
         out_channels: int,
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
+        dropout: float = 0,
         channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
         use_checkpoint: bool = False,
+        use_fp16: bool = False,
         num_heads: int = 1,
         num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         pool: str = "adaptive",
     ):
         super().__init__()
-        self.model_channels = model_channels
-        self.pool = pool
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        res = partial(
-            ResBlock,
-            emb_channels=4 * model_channels,
-            dropout=dropout,
-            use_scale_shift_norm=use_scale_shift_norm,
-            use_checkpoint=use_checkpoint,
-        )
-        attention = partial(
-            AttentionBlock,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            use_checkpoint=use_checkpoint,
-            use_new_attention_order=use_new_attention_order,
-        )
-        self.time_embed = _time_embed(model_channels)
-        self.input_blocks, channels = _encoder(
-            in_channels, widths, num_res_blocks, attention_resolutions, resblock_updown, res, attention
-        )
+        self.in_channels, self.out_channels, self.pool = in_channels, out_channels, pool
+        self.model_channels, self.channel_mult, self.num_res_blocks = model_channels, channel_mult, num_res_blocks
+        self.attention_resolutions, self.dropout = attention_resolutions, dropout
+        self.conv_resample, self.dims, self.use_checkpoint = conv_resample, dims, use_checkpoint
+        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.use_scale_shift_norm, self.resblock_updown = use_scale_shift_norm, resblock_updown
+        self.use_new_attention_order = use_new_attention_order
+        self._dtype = torch.float16 if use_fp16 else None
+        self.time_embed = self._time_embed()
+        self.input_blocks, channels = self._down()
         ch = channels[-1]
-        self.middle_block = TimestepEmbedSequential(res(ch, ch), attention(ch), res(ch, ch))
+        self.middle_block = self._middle(ch)
         features = sum(channels) + ch
         if pool == "adaptive":
-            head = [nn.AdaptiveAvgPool2d((1, 1)), zero_module(nn.Conv2d(ch, out_channels, 1)), nn.Flatten()]
-            self.out = nn.Sequential(GroupNorm32(ch), nn.SiLU(), *head)
+            head = [layer_nd("AdaptiveAvgPool", dims)(1), zero_module(conv_nd(dims, ch, out_channels, 1)), nn.Flatten()]
+            self.out = nn.Sequential(normalization(ch), nn.SiLU(), *head)
         elif pool == "attention":
-            side = image_size // 2 ** (len(widths) - 1)
+            if num_head_channels == -1:
+                raise ValueError("num_head_channels: wanted one for the pool `attention`, got -1")
+            side = image_size // 2 ** (len(channel_mult) - 1)
             head = AttentionPool2d(side, ch, num_head_channels, out_channels)
-            self.out = nn.Sequential(GroupNorm32(ch), nn.SiLU(), head)
+            self.out = nn.Sequential(normalization(ch), nn.SiLU(), head)
         elif pool == "spatial":
             self.out = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
         elif pool == "spatial_v2":
-            hidden = [nn.Linear(features, 2048), GroupNorm32(2048), nn.SiLU()]
+            hidden = [nn.Linear(features, 2048), normalization(2048), nn.SiLU()]
             self.out = nn.Sequential(*hidden, nn.Linear(2048, out_channels))
         else:
             raise ValueError(f"classifier_pool: {pool!r} is none of adaptive, attention, spatial, spatial_v2")
@@ -336,5 +539,5 @@ class EncoderUNetModel(_Network):
         for block in [*self.input_blocks, self.middle_block]:
             h = block(h, emb)
             if self.pool.startswith("spatial"):
-                means.append(h.type(x.dtype).mean(dim=(2, 3)))
+                means.append(h.type(x.dtype).mean(dim=tuple(range(2, h.ndim))))
         return self.out(torch.cat(means, dim=1) if means else h.type(x.dtype))

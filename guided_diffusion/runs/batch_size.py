@@ -9,12 +9,14 @@ import torch
 
 from ..guidance.base import Interval
 from ..settings.options import BadInput
-from .pipeline import ImagePipeline
+from .pipeline import Pipeline
 from .ranks import Job
 from .sample_store import batch_size_of
 from .timing import seconds
 
 MOST_AT_A_TIME = 256
+"""The largest batch that is tried."""
+
 GAIN = 1.05
 """How many times as many images a second a doubled batch must make."""
 
@@ -24,7 +26,7 @@ def ran_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def best_batch_size(pipeline: ImagePipeline, limit: int) -> int:
+def best_batch_size(pipeline: Pipeline, limit: int) -> int:
     """How many images at a time: 1, doubled while that fits, makes 5 % more images a second, and is within `limit`.
 
     Measured on the first step, guided by all guidances of the pipeline.
@@ -50,7 +52,7 @@ def best_batch_size(pipeline: ImagePipeline, limit: int) -> int:
     return best
 
 
-def chosen_batch_size(pipeline: ImagePipeline, folder: str, key: str, job: Job) -> int:
+def chosen_batch_size(pipeline: Pipeline, folder: str, key: str, job: Job) -> int:
     """The batch size that was given; else the one that is written in the folder, else the best one, which is said."""
     config = pipeline.config
     if config.batch_size is not None:

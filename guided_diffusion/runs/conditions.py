@@ -2,21 +2,21 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion.noise import sample_labels
-from ..settings.model import NetworkConfig
 from ..settings.sampling import SamplingConfig
 from ..storage.files import read_arrays
 
-ConditionOf = Callable[[Sequence[int]], dict[str, Tensor]]
-"""The condition of samples by their indices, rows first, on the CPU."""
+ConditionOf = Callable[[SamplingConfig, Sequence[int]], dict[str, Tensor]]
+"""The condition of samples by settings and their indices, rows first, on the CPU."""
 
 
-def unconditional(_indices: Sequence[int]) -> dict[str, Tensor]:
+def unconditional(_config: SamplingConfig, _indices: Sequence[int]) -> dict[str, Tensor]:
     """The condition of samples without one."""
     return {}
 
@@ -38,19 +38,20 @@ def choose_labels(labels: str, seed: int, indices: Sequence[int], num_classes: i
     return torch.tensor([given[index % len(given)] for index in indices])
 
 
-def class_condition(config: SamplingConfig, network: NetworkConfig, null_label: bool) -> ConditionOf:
+@dataclass(frozen=True)
+class Classes:
     """The classes of samples, `{"y": [N]}`, as --labels asks; a ValueError where that flag is wrong.
 
     null_label: whether "none" is a possible class.
     """
 
-    def condition_of(indices: Sequence[int]) -> dict[str, Tensor]:
-        if config.balanced_labels:
-            return {"y": torch.tensor(indices) % network.num_classes}
-        return {"y": choose_labels(config.labels, config.seed, indices, network.num_classes, null_label)}
+    num_classes: int
+    null_label: bool
 
-    condition_of([0])
-    return condition_of
+    def __call__(self, config: SamplingConfig, indices: Sequence[int]) -> dict[str, Tensor]:
+        if config.balanced_labels:
+            return {"y": torch.tensor(indices) % self.num_classes}
+        return {"y": choose_labels(config.labels, config.seed, indices, self.num_classes, self.null_label)}
 
 
 def base_condition(path: str, small_size: int, num_classes: int | None) -> ConditionOf:
@@ -76,7 +77,7 @@ def base_condition(path: str, small_size: int, num_classes: int | None) -> Condi
     if labels is not None and not (len(labels) == len(images) and 0 <= labels.min() <= labels.max() < num_classes):
         raise ValueError(f"base_samples: {path}: arr_1: wanted one label from 0 to {num_classes - 1} for each image")
 
-    def condition_of(indices: Sequence[int]) -> dict[str, Tensor]:
+    def condition_of(_config: SamplingConfig, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = np.asarray(indices) % len(images)
         low_res = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
         return {"low_res": low_res} | ({} if labels is None else {"y": torch.from_numpy(labels[rows])})

@@ -1,6 +1,5 @@
 """What makes samples what they are: the identity of a run, its folder, and the versions that made it."""
 
-import hashlib
 import os
 import platform
 import sys
@@ -16,11 +15,11 @@ from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults
 from ..settings.sampling import SamplingConfig
 from ..storage.fetch import local_path
-from ..storage.files import join
+from ..storage.files import join, sha256
 from .pipeline import Pipeline
-from .sample_store import settings_hash
+from .shards import settings_hash
 
-OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "grace", "log_json"}
+OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "png", "grace", "log_json", "json"}
 """Settings that do not change any sample."""
 
 
@@ -51,22 +50,22 @@ def _file_hash(path: str) -> str:
         # A model's parts are one folder each; what else lies in its folder is not read.
         files = sorted(file for file in Path(path).glob("*/*") if file.suffix in IN_MODELS)
         return settings_hash({str(file.relative_to(path)): _file_hash(str(file)) for file in files})
-    with open(local_path(path), "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-        return digest.hexdigest()
+    return sha256(local_path(path))
 
 
-def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """What makes sample i what it is, and the cut into shards: settings, and the contents of the files they name."""
+def identity(settings: dict[str, Any], samples_version: int = 1) -> dict[str, Any]:
+    """What makes sample i what it is, and the cut into shards: settings, and the contents of the files they name.
+
+    samples_version: of the code that makes them (`Pipeline.samples_version`); the first does not count.
+    """
     kept = {
         key: value
         for key, value in settings.items()
         if key not in OF_THE_RUN and not (key in LATER and value == LATER[key])
     }
     files = [key for key in INPUT_FILES if kept.get(key) and (key != "sag_mask" or kept[key].endswith(".npz"))]
-    return kept | {key: _file_hash(kept[key]) for key in files}
+    version = {} if samples_version == 1 else {"samples_version": samples_version}
+    return kept | {key: _file_hash(kept[key]) for key in files} | version
 
 
 def output_folder(pipeline: Pipeline, made_of: dict[str, Any]) -> str:

@@ -1,13 +1,16 @@
 """What makes sample i, of any kind of model; and the one of ADM and IDDPM networks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..diffusion.denoiser import Condition, Denoiser
 from ..diffusion.diffusion import Diffusion
 from ..diffusion.noise import SampleNoise, Samples
 from ..diffusion.samplers import State
@@ -15,15 +18,25 @@ from ..diffusion.solvers import SAMPLERS
 from ..guidance.base import Guidance, GuidedDenoiser
 from ..guidance.classifier import with_classifier
 from ..settings.sampling import RunConfig, SamplingConfig
-from .conditions import ConditionOf, unconditional
+from ..storage import pictures
+from .conditions import Classes, ConditionOf, unconditional
+from .progress import Progress
+from .ranks import Job
+from .sample_store import Shard, batches
+
+Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]
+"""Is shown every step of every batch: the samples' indices, the state, and the denoiser that knows the guidance."""
 
 
 class Pipeline(Protocol):
     """What makes sample i, of any kind of model.
 
     name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
-    condition. num_steps: States of a trajectory.
+    condition. num_steps: States of a trajectory. samples_version: a change of the code after which sample i is
+    another raises it; samples of different versions do not share a folder.
     """
+
+    samples_version: ClassVar[int]
 
     config: RunConfig
     device: torch.device
@@ -32,6 +45,7 @@ class Pipeline(Protocol):
     shape: tuple[int, int, int]
     labelled: bool
     num_steps: int
+    guidances: Sequence[Guidance]
 
     def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
         """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
@@ -40,18 +54,38 @@ class Pipeline(Protocol):
         """Images [N, 3, H, W] in [−1, 1] of what the last state holds."""
 
 
+def make_shard(pipeline: Pipeline, indices: Sequence[int], batch_size: int, observe: Observer) -> Shard:
+    """Samples `indices`, so many at a time."""
+    images, labels, evaluations = [], [], 0.0
+    for batch in batches(indices, batch_size):
+        for state, guided in pipeline.trajectory(batch):
+            observe(batch, state, guided)
+        images.append(pictures.to_uint8(pipeline.images(state.x)))
+        evaluations += guided.evaluations * len(batch) / len(indices)
+        if (y := state.prediction.condition.get("y")) is not None:
+            labels.append(y.cpu().numpy())
+    return Shard(np.concatenate(images), np.concatenate(labels) if labels else None, evaluations)
+
+
 @dataclass(frozen=True, eq=False)
 class ImagePipeline:
-    """Everything that makes sample i, but i itself. side: of the images; condition_of: what sample i is made of."""
+    """Everything that makes sample i, but i itself.
+
+    side: of the images. condition_of: what sample i is made of. conditional: whether the network takes that condition;
+    else only the classifier of `cond_fn` does.
+    """
+
+    samples_version: ClassVar[int] = 1
 
     config: SamplingConfig
     side: int
-    network: Callable[..., Tensor]
+    network: nn.Module
     diffusion: Diffusion
     device: torch.device
     condition_of: ConditionOf = unconditional
     guidances: Sequence[Guidance] = ()
     cond_fn: Callable[..., Tensor] | None = None
+    conditional: bool = True
 
     @property
     def name(self) -> str:
@@ -67,11 +101,21 @@ class ImagePipeline:
 
     @property
     def labelled(self) -> bool:
-        return "y" in self.condition_of([0])
+        return "y" in self.condition([0])
 
     @property
     def num_steps(self) -> int:
         return self.diffusion.num_timesteps
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network as a denoiser, without any guidance."""
+        network = self.network if self.conditional else lambda x, t, **_condition: self.network(x, t)
+        return self.diffusion.denoiser(network, self.config.clip_denoised)
+
+    def condition(self, indices: Sequence[int]) -> Condition:
+        """What samples are made of, on the device."""
+        return {name: rows.to(self.device) for name, rows in self.condition_of(self.config, indices).items()}
 
     def images(self, x: Tensor) -> Tensor:
         """Samples are images already."""
@@ -81,11 +125,55 @@ class ImagePipeline:
         """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
         config, process = self.config, self.diffusion.process
         noise = SampleNoise(config.seed, indices, (3, self.side, self.side), self.device)
-        condition = {name: rows.to(self.device) for name, rows in self.condition_of(indices).items()}
-        denoiser = self.diffusion.denoiser(self.network, config.clip_denoised)
-        guided = GuidedDenoiser(denoiser, process, self.guidances, Samples(config.seed, indices))
+        guided = GuidedDenoiser(self.denoiser, process, self.guidances, Samples(config.seed, indices))
         denoiser = with_classifier(guided, self.cond_fn) if self.cond_fn else guided
         of_ddim = {"eta": config.ddim_eta} if config.sampler_name == "ddim" else {}
         sample = SAMPLERS[config.sampler_name]
-        for state in sample(denoiser, process, noise.x_T(), condition, noise, **of_ddim):
+        for state in sample(denoiser, process, noise.x_T(), self.condition(indices), noise, **of_ddim):
             yield state, guided
+
+    def sample(
+        self,
+        n: int,
+        seed: int | None = None,
+        labels: str | Sequence[int] | None = None,
+        guidance: Guidance | Sequence[Guidance] | Literal["published"] | None = "published",
+        device: torch.device | str | None = None,
+    ) -> np.ndarray:
+        """Samples 0 … n − 1 of a run with these settings, uint8 [n, H, W, 3], cut into batches as the run cuts them.
+
+        seed, labels: as the flags, labels also as a list of classes that is gone through again and again; by default
+        what the configuration says. guidance: one Guidance, several, or none (None or ()) in the place of `guidances`;
+        a classifier's stays. device: where to compute this time; the networks go there and back, in their dtype. Where
+        batch_size is auto, batches are of its default. A ValueError says what is wrong.
+        """
+        if n < 1:
+            raise ValueError(f"n: wanted 1 or more, got {n}")
+        config = self.config if seed is None else replace(self.config, seed=seed)
+        if labels is not None:
+            if not isinstance(self.condition_of, Classes):
+                raise ValueError("labels: this model has no classes to choose from")
+            text = labels if isinstance(labels, str) else ",".join(str(int(label)) for label in labels)
+            config = replace(config, labels=text, balanced_labels=False)
+        guidances = self.guidances if guidance == "published" else guidance or ()
+        pipeline = replace(self, config=config, guidances=[guidances] if isinstance(guidances, Guidance) else guidances)
+        batch_size = config.batch_size or RunConfig.batch_size
+        progress = Progress(Job(), "steps", n, 0, self.num_steps, log_json=False)
+        with closing(progress), pipeline.on(device or self.device) as there:
+            shards = [
+                make_shard(there, indices, batch_size, lambda batch, *_step: progress.add(len(batch)))
+                for indices in batches(range(n), config.shard_size or batch_size)
+            ]
+        return np.concatenate([shard.images for shard in shards])
+
+    @contextmanager
+    def on(self, device: torch.device | str) -> Iterator["ImagePipeline"]:
+        """This pipeline on a device, where its networks are for as long as the `with` lasts."""
+        networks = [part for part in (self.network, self.cond_fn) if isinstance(part, nn.Module)]
+        try:
+            for network in networks:
+                network.to(device)
+            yield replace(self, device=torch.device(device))
+        finally:
+            for network in networks:
+                network.to(self.device)

@@ -3,34 +3,74 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
+import blobfile as bf
 import torch
 from torch import Tensor
 
 from ..diffusion.diffusion import build_diffusion
 from ..guidance.building import describe_guidance, guidances_of
-from ..guidance.classifier import classifier_gradient
+from ..guidance.classifier import ClassifierGradient
 from ..networks.building import build_classifier, build_network, fill, fill_at_random, make_ready, unfilled
 from ..networks.inspection import wrong_flags
 from ..settings.guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
-from ..settings.options import resolved
+from ..settings.options import configure, resolved
 from ..settings.sampling import SamplingConfig
+from ..settings.scripts import SCRIPTS
+from ..settings.shipped import shipped
 from ..storage.checkpoints import load_into
-from .conditions import class_condition, unconditional
+from ..storage.files import join
+from .conditions import Classes, unconditional
 from .pipeline import ImagePipeline
+from .ranks import Job
 
-IMAGE_GROUPS = (SamplingConfig, GuidanceConfig, OtherGuidanceConfig, NetworkConfig, DiffusionConfig)
-CLASSIFIER_GROUPS = (
-    SamplingConfig,
-    GuidanceConfig,
-    OtherGuidanceConfig,
-    ClassifierGuidanceConfig,
-    NetworkConfig,
-    DiffusionConfig,
-    ClassifierConfig,
-)
+IMAGE_GROUPS = SCRIPTS["image_sample"].groups
+CLASSIFIER_GROUPS = SCRIPTS["classifier_sample"].groups
+
+
+def load(*configs: str | Path, device: torch.device | str | None = None, **settings: Any) -> ImagePipeline:
+    """A model that is ready to sample: `guided_diffusion.load("emoji").sample(16)`.
+
+    configs: as --config, names of those that come with the package or YAML files, also folders of runs; a later one
+    wins, a classifier's is one of its own. settings: flags of classifier_sample.py over them. device: by default the
+    GPU, where there is one. Published weights are fetched on first use. A ValueError says what is wrong.
+    """
+    read = configure(CLASSIFIER_GROUPS, [_file(str(config)) for config in configs], ("load", settings))
+    return image_run(Configs.of(read), Job().device if device is None else torch.device(device)).pipeline
+
+
+def _file(config: str) -> str:
+    """The configuration file of what `load` is given."""
+    named = shipped(f"{config}.yaml")
+    if named.is_file():
+        return str(named)
+    return join(config, "config.yaml") if bf.isdir(config) else config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configs:
+    """The settings of image_sample.py by what they are of, or of classifier_sample.py, with the classifier's two."""
+
+    sampling: SamplingConfig
+    sag: GuidanceConfig
+    others: OtherGuidanceConfig
+    by_classifier: ClassifierGuidanceConfig | None = None
+    network: NetworkConfig
+    diffusion: DiffusionConfig
+    classifier: ClassifierConfig | None = None
+
+    @classmethod
+    def of(cls, configs: Sequence[Any]) -> "Configs":
+        """Of configurations of IMAGE_GROUPS or CLASSIFIER_GROUPS, which are told by their types."""
+        kinds = get_type_hints(cls)
+        return cls(**{name: config for config in configs for name in kinds if isinstance(config, kinds[name])})
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as one flat dict."""
+        return resolved(*filter(None, vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,70 +82,52 @@ class Prepared:
     guidance_line: str
 
 
-def image_run(configs: Sequence[Any], device: torch.device, weights: bool = True) -> Prepared:
-    """From configurations of IMAGE_GROUPS; a ValueError says which of them is wrong.
+def image_run(configs: Configs, device: torch.device, weights: bool = True) -> Prepared:
+    """From settings to a run, with a classifier's gradient where they ask for it; a ValueError says which is wrong.
 
-    weights: read them; if not, the network is filled at random.
+    weights: read them; if not, the networks are filled at random.
     """
-    sampling, guidance, others, network_config, diffusion_config = configs
-    diffusion = build_diffusion(diffusion_config)
+    about, by_classifier = configs.network, configs.by_classifier
+    diffusion = build_diffusion(configs.diffusion)
     with unfilled():
-        network = build_network(network_config, diffusion_config.learn_sigma)
-    guidances = guidances_of(guidance, others, network, network_config, sampling.labels)
-    condition_of = unconditional
-    if network_config.class_cond:
-        condition_of = class_condition(sampling, network_config, network_config.null_label)
+        network = build_network(about, configs.diffusion.learn_sigma)
+    guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)
+    line = describe_guidance(configs.sag, configs.others, guidances, diffusion.num_timesteps)
+    condition_of, cond_fn = unconditional, None
+    if by_classifier:
+        line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if by_classifier.on else 'off'}"
+        cond_fn = _classifier_gradient(configs, device, weights) if by_classifier.on else None
+    if about.class_cond or cond_fn:
+        has_null = about.class_cond and about.null_label and not cond_fn
+        condition_of = Classes(about.num_classes, has_null)
+    condition_of(configs.sampling, [0])  # what is wrong with labels is said before weights are read
     if weights:
-        fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
+        fill(network, configs.sampling.model_path, about, configs.diffusion.learn_sigma, device)
     else:
         fill_at_random(network, device)
-    make_ready(network, network_config.use_fp16, sampling.compile)
-    pipeline = ImagePipeline(sampling, network_config.image_size, network, diffusion, device, condition_of, guidances)
-    line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
-    return Prepared(pipeline, resolved(*configs), line)
+    make_ready(network, about.use_fp16, configs.sampling.compile)
+    pipeline = ImagePipeline(
+        configs.sampling,
+        about.image_size,
+        network,
+        diffusion,
+        device,
+        condition_of,
+        guidances,
+        cond_fn,
+        conditional=about.class_cond,
+    )
+    return Prepared(pipeline, configs.resolved(), line)
 
 
-def _classifier_gradient(
-    config: ClassifierConfig,
-    guidance: ClassifierGuidanceConfig,
-    network: NetworkConfig,
-    device: torch.device,
-    weights: bool,
-) -> Callable[..., Tensor]:
+def _classifier_gradient(configs: Configs, device: torch.device, weights: bool) -> Callable[..., Tensor]:
+    network, config = configs.network, configs.classifier
     with unfilled():
         classifier = build_classifier(network.image_size, config, network.num_classes)
     if weights:
         explain = partial(wrong_flags, network=config, image_size=network.image_size)
-        load_into(classifier, guidance.classifier_path, device, explain)
+        load_into(classifier, configs.by_classifier.classifier_path, device, explain)
     else:
         fill_at_random(classifier, device)
     make_ready(classifier, config.classifier_use_fp16)
-    return classifier_gradient(classifier, guidance.classifier_scale)
-
-
-def classifier_run(configs: Sequence[Any], device: torch.device, weights: bool = True) -> Prepared:
-    """As `image_run`, from configurations of CLASSIFIER_GROUPS."""
-    sampling, guidance, others, by_classifier, network_config, diffusion_config, classifier_config = configs
-    diffusion = build_diffusion(diffusion_config)
-    with unfilled():
-        network = build_network(network_config, diffusion_config.learn_sigma)
-    guidances = guidances_of(guidance, others, network, network_config, sampling.labels)
-    condition_of, cond_fn = unconditional, None
-    if by_classifier.on:
-        cond_fn = _classifier_gradient(classifier_config, by_classifier, network_config, device, weights)
-    if network_config.class_cond or cond_fn:
-        has_null = network_config.class_cond and network_config.null_label and not cond_fn
-        condition_of = class_condition(sampling, network_config, has_null)
-    if weights:
-        fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
-    else:
-        fill_at_random(network, device)
-    make_ready(network, network_config.use_fp16, sampling.compile)
-    # The classifier needs labels also where the network takes none.
-    network_fn = network if network_config.class_cond else lambda x, t, y=None: network(x, t)
-    pipeline = ImagePipeline(
-        sampling, network_config.image_size, network_fn, diffusion, device, condition_of, guidances, cond_fn
-    )
-    line = describe_guidance(guidance, others, guidances, diffusion.num_timesteps)
-    line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if cond_fn else 'off'}"
-    return Prepared(pipeline, resolved(*configs), line)
+    return ClassifierGradient(classifier, configs.by_classifier.classifier_scale)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .ranks import Job
 
 SECONDS_BETWEEN_LINES = 10
+"""Where there is no terminal for a bar."""
 
 
 class Progress:

@@ -4,28 +4,34 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import re
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..settings.options import BadInput
+from ..settings.shipped import how_to_install
 
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 """What mpiexec sets; without one of them MPI is not even loaded."""
 
-RANK_VARIABLES = ("RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+"""Where it tells a process its rank, before MPI is loaded."""
 
-TORCHRUN_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets; with some of them alone nobody could be met."""
+
+T = TypeVar("T")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
@@ -73,6 +79,18 @@ class Job:
             time.sleep(POLL_S)
         return self.store.get(key).decode()
 
+    def turns(self, key: str, todo: Sequence[T], wait: Callable[[], None]) -> Iterator[T]:
+        """Of what is to do, one thing after the other for whichever rank is free.
+
+        Rank 0 ends when all of it is done, and calls `wait` until then.
+        """
+        while (turn := self.add(f"{key}/turn") - 1) < len(todo):
+            yield todo[turn]
+            self.add(f"{key}/done")
+        while self.rank == 0 and self.add(f"{key}/done", 0) < len(todo):
+            time.sleep(POLL_S)
+            wait()
+
     def leave_together(self, key: str) -> None:
         """Hold the other ranks until rank 0 is here, and rank 0, which keeps the store, until the others have left."""
         self.share(key)
@@ -91,6 +109,25 @@ class Job:
 
 
 _mpi: Any = None
+_works = itertools.count()
+
+
+def new_key(work: str) -> str:
+    """How the counters and texts of a piece of work begin; every rank starts a job's works in the same order."""
+    return f"{work} {next(_works)}"
+
+
+def launcher() -> str:
+    """What started this process: `torchrun`, `mpi`, or nothing."""
+    if set(TORCHRUN_VARIABLES) <= os.environ.keys():
+        return "torchrun"
+    return "mpi" if any(name in os.environ for name in MPI_VARIABLES) else ""
+
+
+def rank_told() -> int:
+    """The rank that the launcher told this process, 0 if none did."""
+    names = {"torchrun": TORCHRUN_VARIABLES[:1], "mpi": MPI_RANKS, "": ()}[launcher()]
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def start() -> Job:
@@ -99,12 +136,7 @@ def start() -> Job:
     Shares the cores among the ranks of a machine unless OMP_NUM_THREADS says otherwise, and keeps freed memory.
     """
     _keep_freed_memory()
-    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        job = _start_torchrun()
-    elif any(name in os.environ for name in MPI_VARIABLES):
-        job = _start_mpi()
-    else:
-        job = Job()
+    job = {"torchrun": _start_torchrun, "mpi": _start_mpi, "": Job}[launcher()]()
     if job.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // job.local_size))
@@ -124,9 +156,10 @@ def _keep_freed_memory() -> None:
 
 
 def _start_torchrun() -> Job:
-    rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in TORCHRUN_VARIABLES)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size == 1:
         return Job()
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
     )
@@ -144,7 +177,7 @@ def _start_mpi() -> Job:
     except (ImportError, RuntimeError) as error:
         raise BadInput(
             f"started by an MPI launcher with {launched or 'several'} ranks, but MPI cannot be loaded "
-            f"({' '.join(str(error).split())}); pip install '.[mpi]', or mpi4py built for the cluster's MPI"
+            f"({' '.join(str(error).split())}); {how_to_install('mpi')}, or mpi4py built for the cluster's MPI"
         ) from None
     comm = MPI.COMM_WORLD
     if launched and launched != comm.size:
@@ -172,11 +205,6 @@ def _start_mpi() -> Job:
     if store is None:
         store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
     return Job(comm.rank, comm.size, local.rank, local.size, store)
-
-
-def launched_rank() -> int:
-    """The rank that the launcher's variables give this process, 0 if none does; the job is not joined for it."""
-    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
 def start_process_group(job: Job, device: torch.device, name: str) -> None:
@@ -236,7 +264,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 def _end(error: BaseException) -> None:
     code = error.code if isinstance(error, SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
     if isinstance(error, BadInput):
-        if launched_rank():
+        if rank_told():
             time.sleep(1)  # rank 0 says it for all; where it did, this process is no more
         sys.stderr.write(f"error: {error.message}\n")
     if code in (None, 0) or _mpi is None or _mpi.COMM_WORLD.size == 1:

@@ -1,6 +1,5 @@
 """A sampling run: shards over the ranks, progress, signals, and the files it leaves."""
 
-import itertools
 import json
 import math
 import os
@@ -10,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import yaml
 
 from ..diffusion.samplers import State
@@ -20,40 +18,12 @@ from ..storage import pictures
 from ..storage.files import join, write_atomically
 from .batch_size import chosen_batch_size, memory_said
 from .identity import identity, output_folder, versions
-from .pipeline import Pipeline
+from .pipeline import Observer, Pipeline, make_shard
 from .progress import Progress, Signals
-from .ranks import Job
-from .sample_store import SampleStore, Shard, batches
+from .ranks import Job, new_key
+from .sample_store import SampleStore
 
 GRID_SAMPLES = 64
-
-
-_numbers = itertools.count()
-
-Observer = Callable[[Sequence[int], State, GuidedDenoiser], None]
-"""Is shown every step of every batch: the samples' indices, the state, and the denoiser that knows the guidance."""
-
-
-def _make_shard(
-    pipeline: Pipeline,
-    indices: Sequence[int],
-    batch_size: int,
-    progress: Progress,
-    signals: Signals,
-    observe: Observer | None,
-) -> Shard:
-    images, labels, evaluations = [], [], 0.0
-    for batch in batches(indices, batch_size):
-        for state, guided in pipeline.trajectory(batch):
-            if observe:
-                observe(batch, state, guided)
-            progress.add(len(batch))
-            signals.stop_if_asked(shard_is_done=False)
-        images.append(pictures.to_uint8(pipeline.images(state.x)))
-        evaluations += guided.evaluations * len(batch) / len(indices)
-        if (y := state.prediction.condition.get("y")) is not None:
-            labels.append(y.cpu().numpy())
-    return Shard(np.concatenate(images), np.concatenate(labels) if labels else None, evaluations)
 
 
 def run(
@@ -65,8 +35,9 @@ def run(
     resolved settings), manifest.json and the shards.
     """
     config = pipeline.config
-    key = f"run {next(_numbers)}"  # every rank makes the runs of a job in the same order
-    made_of = json.loads(job.share(f"{key}/identity", json.dumps(identity(settings)) if job.rank == 0 else ""))
+    key = new_key("run")
+    made_of = identity(settings, pipeline.samples_version) if job.rank == 0 else {}
+    made_of = json.loads(job.share(f"{key}/identity", json.dumps(made_of)))
     folder = output_folder(pipeline, made_of)
     batch_size = chosen_batch_size(pipeline, folder, f"{key}/batch_size", job)
     store = SampleStore(
@@ -103,17 +74,22 @@ def run(
             pipeline.num_steps,
             config.log_json,
         )
-        while (turn := job.add(f"{key}/turn") - 1) < len(todo):
-            number = todo[turn]
+
+        def watch(indices: Sequence[int], state: State, guided: GuidedDenoiser) -> None:
+            if observe:
+                observe(indices, state, guided)
+            progress.add(len(indices))
+            signals.stop_if_asked(shard_is_done=False)
+
+        def wait() -> None:
+            progress.add(0)
+            signals.stop_if_asked(shard_is_done=True)
+
+        for number in job.turns(key, todo, wait):
             with memory_said(batch_size):
-                shard = _make_shard(pipeline, store.indices(number), batch_size, progress, signals, observe)
+                shard = make_shard(pipeline, store.indices(number), batch_size, watch)
             with exit_on_bad_input():
                 store.write(number, shard)
-            job.add(f"{key}/done")
-            signals.stop_if_asked(shard_is_done=True)
-        while job.rank == 0 and job.add(f"{key}/done", 0) < len(todo):
-            time.sleep(0.1)
-            progress.add(0)
             signals.stop_if_asked(shard_is_done=True)
         progress.close()
         if job.rank == 0:
@@ -122,6 +98,9 @@ def run(
             about |= {"file": os.path.basename(store.samples_path), "samples_made_now": missing, "settings": settings}
             about["seconds"] = round(time.perf_counter() - started, 3)
             _write_rest(store, settings, about)
+            if config.png:
+                with exit_on_bad_input():
+                    _write_pngs(store, job, f"{key}/pngs", config.log_json)
             print(
                 f"{missing} samples in {about['seconds']:.1f} s ({pipeline.num_samples - missing} were there), "
                 f"{about['network_evaluations_per_sample']:g} network evaluations each: {store.samples_path}"
@@ -143,6 +122,17 @@ def _prepare(store: SampleStore, overwrite: bool, about: dict[str, Any], guidanc
     if there:
         sys.stderr.write(f"{there} of {len(store.shards)} shards are there already\n")
     return todo
+
+
+def _write_pngs(store: SampleStore, job: Job, counter: str, log_json: bool) -> None:
+    with ExitStack() as stack:
+
+        def begin(there: int) -> Callable[[int], None]:
+            progress = Progress(job, counter, store.num_samples, there, 1, log_json)
+            stack.callback(progress.close)
+            return progress.add
+
+        store.write_pngs(begin)
 
 
 def _write_rest(store: SampleStore, settings: dict[str, Any], about: dict[str, Any]) -> None:

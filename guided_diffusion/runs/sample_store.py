@@ -1,37 +1,21 @@
-"""Samples on disk: shards, each written whole; a manifest; resuming; and the merge into one npz."""
+"""The samples of a run on disk: shards, a manifest that says what they are, the merge into one npz, and PNGs."""
 
-import contextlib
-import hashlib
+import itertools
 import json
-import os
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
-from filelock import FileLock, Timeout
+from numpy.typing import DTypeLike
 
-from ..storage.files import is_address, join, read_arrays, write_atomically
-
-
-class DamagedError(ValueError):
-    """A shard that is not what it should be: it is made again."""
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of settings, whatever their order."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(*arrays: np.ndarray | None) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        if array is not None:
-            digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
+from ..storage import pictures
+from ..storage.files import is_address, join, write_atomically
+from .shards import Shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,34 +28,22 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class SampleStore:
-    """The folder of one run.
+class SampleStore(Shards):
+    """The folder of one run, which holds samples of one identity.
 
-    folder: local or remote. identity: every setting that makes a sample what it is, and the cut into shards; a folder
-    holds samples of one identity. shape: of a sample, (H, W, 3), uint8. labelled: whether samples have a class.
+    shape: of a sample, (H, W, 3), uint8. labelled: whether samples have a class.
     """
 
-    folder: str
-    identity: Mapping[str, Any]
-    num_samples: int
-    shard_size: int
     shape: tuple[int, int, int]
     labelled: bool
 
-    @property
-    def hash(self) -> str:
-        return settings_hash(self.identity)
+    def path(self, number: int) -> str:
+        return join(self.folder, "shards", f"shard_{number:06d}.npz")
 
     @property
-    def shards(self) -> range:
-        return range(-(-self.num_samples // self.shard_size))
-
-    def indices(self, shard: int) -> range:
-        """The samples of a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
-
-    def path(self, shard: int) -> str:
-        return join(self.folder, "shards", f"shard_{shard:06d}.npz")
+    def rows(self) -> dict[str, tuple[DTypeLike, tuple[int, ...]]]:
+        """Images, and classes where there are any."""
+        return {"arr_0": (np.uint8, self.shape)} | ({"arr_1": (np.int64, ())} if self.labelled else {})
 
     @property
     def manifest_path(self) -> str:
@@ -81,23 +53,6 @@ class SampleStore:
     def samples_path(self) -> str:
         size = "x".join(map(str, (self.num_samples, *self.shape)))
         return join(self.folder, f"samples_{size}.npz")
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other runs out of a local folder while this one works; a ValueError if one is there."""
-        if is_address(self.folder):
-            yield
-            return
-        os.makedirs(self.folder, exist_ok=True)
-        lock = FileLock(join(self.folder, ".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{self.folder}: another run is writing here; give another --out_dir") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def check(self) -> str:
         """Compare the folder's manifest with this run; a ValueError names what differs. Returns a word for the log."""
@@ -126,72 +81,29 @@ class SampleStore:
         shards = join(self.folder, "shards")
         return bf.isdir(shards) and any(name.endswith(".npz") for name in bf.listdir(shards))
 
-    def sweep(self) -> None:
-        """Delete the temporary files that a killed run left half-written in a local folder."""
-        if is_address(self.folder):
-            return
-        for folder in (self.folder, join(self.folder, "shards")):
-            for name in os.listdir(folder) if os.path.isdir(folder) else []:
-                if name.startswith(".") and ".npz." in name:
-                    os.unlink(join(folder, name))
-
     def clear(self) -> None:
-        """Delete what an earlier run left: shards and manifest."""
+        """Delete what an earlier run left: shards, manifest and PNGs."""
         if bf.isdir(join(self.folder, "shards")):
             (bf.rmtree if is_address(self.folder) else shutil.rmtree)(join(self.folder, "shards"))
         if bf.exists(self.manifest_path):
             bf.remove(self.manifest_path)
+        for path in self._pngs():
+            bf.remove(path)
 
     def write_manifest(self, about: Mapping[str, Any]) -> None:
         """Write manifest.json: the identity, its hash, and what is known about the run."""
         manifest = {"identity": self.identity, "hash": self.hash, "samples": self.num_samples, **about}
         write_atomically(self.manifest_path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
-    def missing(self) -> list[int]:
-        """The shards that are not there whole; damaged ones count as missing."""
-        return [shard for shard in self.shards if not self._is_whole(shard)]
-
-    def _is_whole(self, shard: int) -> bool:
-        try:
-            self.read(shard)
-        except (DamagedError, FileNotFoundError):
-            return False
-        return True
-
     def write(self, number: int, shard: Shard) -> None:
         """Write a shard."""
-        about = {
-            "hash": self.hash,
-            "seed": self.identity.get("seed"),
-            "first": self.indices(number)[0],
-            "evaluations": shard.evaluations,
-            "sha256": _digest(shard.images, shard.labels),
-        }
-        arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "arr_0": shard.images}
-        if shard.labels is not None:
-            arrays["arr_1"] = shard.labels
-        write_atomically(self.path(number), lambda file: np.savez(file, **arrays))
+        labels = {} if shard.labels is None else {"arr_1": shard.labels}
+        self.write_arrays(number, {"arr_0": shard.images, **labels}, shard.evaluations)
 
     def read(self, number: int) -> Shard:
         """A shard; `DamagedError` if it is not what this run would write."""
-        count = len(self.indices(number))
-        wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]] = {
-            "about": (np.dtype(np.uint8), (None,)),
-            "arr_0": (np.dtype(np.uint8), (count, *self.shape)),
-        }
-        if self.labelled:
-            wanted["arr_1"] = (np.dtype(np.int64), (count,))
-        with bf.BlobFile(self.path(number), "rb", streaming=is_address(self.folder)) as file:
-            try:
-                arrays = read_arrays(file, wanted)
-                about = json.loads(arrays["about"].tobytes())
-                found = (about["hash"], about["first"], about["sha256"])
-                shard = Shard(arrays["arr_0"], arrays.get("arr_1"), float(about["evaluations"]))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DamagedError(f"{self.path(number)}: {error}") from None
-        if found != (self.hash, self.indices(number)[0], _digest(shard.images, shard.labels)):
-            raise DamagedError(f"{self.path(number)}: not the samples of this run, or damaged")
-        return shard
+        arrays, evaluations = self.read_arrays(number)
+        return Shard(arrays["arr_0"], arrays.get("arr_1"), evaluations)
 
     def merge(self) -> float:
         """Write all shards as one npz (arr_0 images, arr_1 labels), one shard in memory at a time.
@@ -218,6 +130,34 @@ class SampleStore:
 
         write_atomically(self.samples_path, stream)
         return evaluations / self.num_samples
+
+    def png_path(self, index: int) -> str:
+        return join(self.folder, "images", f"{index:06d}.png")
+
+    def _pngs(self) -> list[str]:
+        """The pictures of samples that are there, of this run or another."""
+        folder = join(self.folder, "images")
+        names = sorted(bf.listdir(folder)) if bf.isdir(folder) else []
+        return [join(folder, name) for name in names if re.fullmatch(r"\d{6,}\.png", name)]
+
+    def write_pngs(self, begin: Callable[[int], Callable[[int], None]]) -> None:
+        """Leave every sample as a PNG of its own: those that are missing, and in the place of another run's.
+
+        begin: is told how many are there, and gives what is told of each new one.
+        """
+        there = set()
+        for path in self._pngs():
+            if pictures.maker_of_png(path) == self.hash:
+                there.add(path)
+            else:
+                bf.remove(path)
+        missing = [index for index in range(self.num_samples) if self.png_path(index) not in there]
+        written = begin(self.num_samples - len(missing))
+        for number, indices in itertools.groupby(missing, lambda index: index // self.shard_size):
+            images = self.read(number).images
+            for index in indices:
+                pictures.save_png(images[index - self.indices(number)[0]], self.png_path(index), made_by=self.hash)
+                written(1)
 
     def first(self, count: int) -> np.ndarray:
         """The first `count` samples, or all if there are fewer: uint8 [N, H, W, 3]."""

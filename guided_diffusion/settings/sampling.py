@@ -21,6 +21,7 @@ class RunConfig:
     seed: int = option(0, "sample i depends on the seed and on i alone, not on batch size")
     out_dir: str = option("", "folder to write to; empty: $OPENAI_LOGDIR, else runs/ and a name made of the settings")
     overwrite: bool = option(False, "delete what an earlier run left in the folder")
+    png: bool = option(False, "write the samples as PNGs too: images/000000.png and so on")
     grace: float = option(0.0, "seconds that SIGTERM and Ctrl-C leave for finishing the shard in hand")
     log_json: bool = option(False, "progress as JSON lines on stderr, for schedulers")
 
@@ -70,7 +71,7 @@ class SamplingConfig(RunConfig):
         if not 0 <= self.ddim_eta <= 1:
             raise ValueError(f"ddim_eta: wanted 0 to 1, got {self.ddim_eta}")
         if not self.model_path:
-            raise ValueError("model_path: give the weights of the network, or --config configs/emoji.yaml to try")
+            raise ValueError("model_path: give the weights of the network, or --config emoji to try")
 
     @property
     def sampler_name(self) -> str:

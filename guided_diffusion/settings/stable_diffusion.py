@@ -67,6 +67,7 @@ class StableDiffusionConfig(RunConfig):
     image_mask: str = option("", "where to paint: white in this picture", path=True)
     dtype: str = option("float32", f"of the UNet: {', '.join(DTYPES)}")
     batch_size: int = option(4, "images at a time")
+    png: bool = option(True, "write the samples as PNGs too: images/000000.png and so on")
     compare: int = option(4, "images to show in comparison.png, at the cost of making them twice more; 0: none")
 
     def __post_init__(self):

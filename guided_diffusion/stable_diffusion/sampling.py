@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -83,10 +83,12 @@ def _picture(key: str, path: str, size: tuple[int, int], mode: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LatentPipeline:
-    """Everything that makes sample i, but i itself (`run.Pipeline`); a ValueError where settings and model clash.
+    """Everything that makes sample i, but i itself (`runs.pipeline.Pipeline`); a ValueError where they clash.
 
     guidances: beside classifier-free guidance, which is the configuration's.
     """
+
+    samples_version: ClassVar[int] = 1
 
     config: StableDiffusionConfig
     model: StableDiffusion

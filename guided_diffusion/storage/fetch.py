@@ -1,6 +1,5 @@
 """Files by address: fetched once into a cache, resumed after a break, their hash checked from then on."""
 
-import hashlib
 import http.client
 import json
 import os
@@ -15,10 +14,18 @@ import blobfile as bf
 from filelock import FileLock
 from tqdm import tqdm
 
-from .files import is_address
+from .files import is_address, sha256
 
 CHUNK = 2**20
 TIMEOUT_S = 60
+
+OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/"
+LICENCES = {
+    f"{OPENAI}jul-2021/": "none is named for the file; that of the code it belongs to, guided-diffusion, is MIT; its "
+    "model card asks for research use only",
+    f"{OPENAI}march-2021/": "none is named for the file; that of the code it belongs to, improved-diffusion, is MIT",
+}
+"""What is known of the licence of published files, by how their addresses begin."""
 
 bf.configure(retry_limit=2, log_callback=lambda message: None)
 
@@ -57,20 +64,12 @@ def local_path(path: str) -> Path:
     return file
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check(file: Path) -> None:
     record = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))
     again = f"delete {file} to fetch it again from {record['address']}"
     if file.stat().st_size != record["size"]:
         raise ValueError(f"{file}: wanted {record['size']} bytes, got {file.stat().st_size}; {again}")
-    if _sha256(file) != record["sha256"]:
+    if sha256(file) != record["sha256"]:
         raise ValueError(f"{file}: its SHA-256 is no longer that of the file that was fetched; {again}")
 
 
@@ -106,6 +105,13 @@ def _open(path: str, offset: int) -> Source:
     raise ValueError(f"{path}: cannot be fetched ({reasons[-1]}); fetch it by hand and give its local path")
 
 
+def _terms(path: str, size: int | None) -> str:
+    """What is to be known of a file before it is fetched: its size, address and licence, a line each."""
+    licence = next((licence for beginning, licence in LICENCES.items() if path.startswith(beginning)), "not known here")
+    amount = "of unknown size" if size is None else f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return f"fetching {path} ({amount})\n  licence: {licence}\n"
+
+
 def _fetch(path: str, file: Path) -> None:
     part = file.with_name(f"{file.name}.part")
     offset = part.stat().st_size if part.exists() else 0
@@ -116,9 +122,8 @@ def _fetch(path: str, file: Path) -> None:
             raise
         # The part may be longer than a file that has changed since: begin again.
         stream, start, size = _open(path, 0)
+    sys.stderr.write(f"{_terms(path, size)}  to {file}\n")
     bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=file.name, dynamic_ncols=True, disable=None)
-    if bar.disable:
-        sys.stderr.write(f"fetching {path} to {file}\n")
     with stream, open(part, "r+b" if start else "wb") as target, bar:
         target.seek(start)
         target.truncate()
@@ -133,6 +138,6 @@ def _fetch(path: str, file: Path) -> None:
         got = target.tell()
     if size is not None and got != size:
         raise ValueError(f"{path}: broke off at {got} of {size} bytes; the same command goes on from there")
-    record = {"address": path, "size": got, "sha256": _sha256(part)}
+    record = {"address": path, "size": got, "sha256": sha256(part)}
     file.with_name(f"{file.name}.json").write_text(json.dumps(record), encoding="utf-8")
     os.replace(part, file)

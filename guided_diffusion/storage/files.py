@@ -1,5 +1,6 @@
 """Writing files whole or not at all, and reading arrays without trusting them."""
 
+import hashlib
 import os
 import tempfile
 import zipfile
@@ -19,6 +20,15 @@ def is_address(path: str | Path) -> bool:
 def join(folder: str | Path, *names: str) -> str:
     """A path below a folder, local or remote."""
     return bf.join(str(folder), *names) if is_address(folder) else os.path.join(folder, *names)
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of the contents of a local file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:

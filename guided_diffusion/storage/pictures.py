@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import blobfile as bf
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .files import write_atomically
@@ -14,6 +16,9 @@ from .files import write_atomically
 WHITE = 255
 SHOWN = 16
 PANEL_WIDTH = 550
+
+MADE_BY = "made by"
+"""The key of a PNG's text."""
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -72,9 +77,21 @@ def comparison(
     return titled_panels([(title, enlarge(grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels])
 
 
-def save_png(picture: np.ndarray, path: str | Path) -> None:
-    """Write [H, W, 3] uint8 as PNG, atomically."""
-    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
+def save_png(picture: np.ndarray, path: str | Path, made_by: str = "") -> None:
+    """Write [H, W, 3] uint8 as PNG, atomically. made_by: a text that goes along, for `maker_of_png`."""
+    text = PngInfo()
+    if made_by:
+        text.add_text(MADE_BY, made_by)
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png", pnginfo=text))
+
+
+def maker_of_png(path: str | Path) -> str:
+    """What `save_png` was told to have made this picture; empty where it was not told, or there is no such picture."""
+    try:
+        with bf.BlobFile(str(path), "rb") as file, Image.open(file) as picture:
+            return str(picture.info.get(MADE_BY, ""))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, bf.Error):
+        return ""
 
 
 def labelled_grid(

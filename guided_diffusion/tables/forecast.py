@@ -70,7 +70,7 @@ def seconds_per_step(pipeline: ImagePipeline) -> tuple[float, float]:
     count = min(pipeline.config.batch_size or 16, pipeline.config.num_samples)
     if pipeline.device.type == "cpu":
         count = min(count, 16) if pipeline.side <= 64 else 1
-    condition = {name: rows.to(pipeline.device) for name, rows in pipeline.condition_of(range(count)).items()}
+    condition = pipeline.condition(range(count))
     x = torch.zeros(count, 3, pipeline.side, pipeline.side, device=pipeline.device)
     t = torch.zeros(count, dtype=torch.int64, device=pipeline.device)
 
@@ -79,5 +79,5 @@ def seconds_per_step(pipeline: ImagePipeline) -> tuple[float, float]:
         return seconds(work) / count
 
     with torch.no_grad():
-        network = timed(lambda: pipeline.network(x, t, **condition))
+        network = timed(lambda: pipeline.denoiser(x, t, condition))
         return network, timed(lambda: pipeline.cond_fn(x, t, **condition)) if pipeline.cond_fn else 0.0

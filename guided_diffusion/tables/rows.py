@@ -11,7 +11,7 @@ import torch
 
 from evaluations.ranks import BadInputError, Ranks
 
-from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Prepared, classifier_run, image_run
+from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Configs, Prepared, image_run
 from ..runs.ranks import Job
 from ..runs.run import run
 from ..settings.options import BadInput, parse_args
@@ -22,11 +22,9 @@ from .plans import Plan, Row
 
 def prepare(row: Row, device: torch.device, weights: bool = True) -> Prepared:
     """What the row's sampling script would run; a ValueError says why it cannot. weights: as in `image_run`."""
-    groups, build = (
-        (CLASSIFIER_GROUPS, classifier_run) if row.script == "classifier_sample" else (IMAGE_GROUPS, image_run)
-    )
+    groups = CLASSIFIER_GROUPS if row.script == "classifier_sample" else IMAGE_GROUPS
     try:
-        return build(parse_args("", groups, row.arguments()), device, weights)
+        return image_run(Configs.of(parse_args("", groups, row.arguments())), device, weights)
     except BadInput as refusal:
         raise ValueError(refusal.message) from None
 

@@ -1,6 +1,5 @@
 """The ranks of a training: one network on all, each with its rows of the batch."""
 
-import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,9 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..runs.ranks import Job, start_process_group
-
-_numbers = itertools.count()
+from ..runs.ranks import Job, new_key, start_process_group
 
 
 class Ranks:
@@ -21,7 +18,7 @@ class Ranks:
 
     def __init__(self, job: Job, device: torch.device):
         self._job, self._device = job, device
-        self._key = f"training {next(_numbers)}"  # every rank makes the trainings of a job in the same order
+        self._key = new_key("training")
         if self._job.size > 1:
             start_process_group(job, device, self._key)
 

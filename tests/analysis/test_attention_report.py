@@ -20,7 +20,7 @@ from guided_diffusion.diffusion.noise import SampleNoise
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks.attention import attention_blocks, record_attention
-from guided_diffusion.runs.prepare import IMAGE_GROUPS, image_run
+from guided_diffusion.runs.prepare import IMAGE_GROUPS, Configs, image_run
 from guided_diffusion.settings.options import parse_args
 from latents import DATA, diffusers
 from running import SCRIPTS, refused, run
@@ -44,7 +44,7 @@ def report(tmp_path_factory):
 
 def embedded():
     argv = [text for key, value in FEW.items() for text in (f"--{key}", str(value))]
-    return image_run(parse_args("", IMAGE_GROUPS, argv), torch.device("cpu")).pipeline
+    return image_run(Configs.of(parse_args("", IMAGE_GROUPS, argv)), torch.device("cpu")).pipeline
 
 
 def looks_of(sampler, **settings):

@@ -13,7 +13,7 @@ import golden
 from guided_diffusion.diffusion import samplers
 from guided_diffusion.diffusion.denoiser import Prediction
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
-from guided_diffusion.guidance.classifier import classifier_gradient
+from guided_diffusion.guidance.classifier import ClassifierGradient
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks import unet
@@ -76,7 +76,7 @@ class Case:
         if "classifier" in self.case:
             flags = golden.flags(self.case["classifier"])
             classifier = golden.fill(create_classifier(int(flags.pop("image_size")), **flags))
-            self.cond_fn = classifier_gradient(classifier, self.case["classifier_scale"])
+            self.cond_fn = ClassifierGradient(classifier, self.case["classifier_scale"])
 
     def steps(self):
         """(number in the recipe, step) of the recorded single steps."""

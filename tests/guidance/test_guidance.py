@@ -8,7 +8,7 @@ import torch
 
 from guided_diffusion.guidance.base import GuidedDenoiser, Interval
 from guided_diffusion.guidance.blur import gaussian_blur
-from guided_diffusion.guidance.classifier import classifier_gradient
+from guided_diffusion.guidance.classifier import ClassifierGradient
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import token_grid
@@ -240,7 +240,7 @@ def test_classifier_gradient_is_that_of_log_p():
         return x.flatten(1) @ weights.T
 
     y = torch.tensor([1, 4])
-    gradient = classifier_gradient(classifier, 2.5)(X, torch.zeros(2), y=y)
+    gradient = ClassifierGradient(classifier, 2.5)(X, torch.zeros(2), y=y)
     probabilities = (X.flatten(1) @ weights.T).softmax(dim=1)
     expected = 2.5 * (weights[y] - probabilities @ weights).reshape(X.shape)
     torch.testing.assert_close(gradient, expected)

@@ -12,7 +12,7 @@ from guided_diffusion.guidance.masked_blur import MaskGuidance
 from guided_diffusion.guidance.masks import CentredSquare, GivenMaps, HighFrequency, RandomCells, everywhere, top_share
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks.attention import find_block
-from guided_diffusion.runs.sample_store import settings_hash
+from guided_diffusion.runs.identity import settings_hash
 from guided_diffusion.script_util import create_guidance, create_model_and_diffusion
 from running import refused, run
 from small import SMALL, randomised

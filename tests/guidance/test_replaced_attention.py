@@ -52,8 +52,8 @@ def heads_by_hand(block, x):
     normed = block.norm(tokens)
     weight, bias = block.qkv.weight[:, :, 0], block.qkv.bias
     rows = torch.einsum("oc,nct->not", weight, normed) + bias[:, None]
-    heads, width = block.attention.num_heads, tokens.shape[1] // block.attention.num_heads
-    if block.attention.new_order:
+    heads, width = block.num_heads, tokens.shape[1] // block.num_heads
+    if block.use_new_attention_order:
         order = [
             [[part * heads * width + h * width + i for i in range(width)] for h in range(heads)] for part in range(3)
         ]
@@ -74,7 +74,7 @@ FEATURES = torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(6))
 
 def test_identity_attention_by_hand(any_order):
     block = find_block(any_order, "middle_block.1")
-    assert block.attention.num_heads == 4
+    assert block.num_heads == 4
     with replace_attention(block, fn=lambda q, k, v: pag(any_order).attend(q, k, v, (16, 16))):
         replaced = block(FEATURES)
     _, _, v = heads_by_hand(block, FEATURES)

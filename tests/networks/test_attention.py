@@ -37,19 +37,19 @@ def test_mean_score_is_one_in_every_block(any_order):
 
 def test_map_times_values_is_the_output_of_every_block(any_order):
     seen = {}
+    blocks = attention_blocks(any_order).values()
 
-    def keep(attention, inputs, output):
-        seen[attention] = (inputs[0], output)
+    def keep(block):
+        return block.attention.register_forward_hook(lambda _, inputs, output: seen.update({block: (*inputs, output)}))
 
-    blocks = attention_blocks(any_order)
-    handles = [block.attention.register_forward_hook(keep) for block in blocks.values()]
+    handles = [keep(block) for block in blocks]
     any_order(X, T)
     for handle in handles:
         handle.remove()
     assert len(seen) == len(blocks)
-    for attention, (qkv, output) in seen.items():
-        q, k, v = attention.split(qkv)
-        assert q.shape[1] == attention.num_heads
+    for block, (qkv, output) in seen.items():
+        q, k, v = block.split(qkv)
+        assert q.shape[1] == block.num_heads
         by_map = (attention_map(q, k) @ v).transpose(-1, -2).flatten(1, 2)
         torch.testing.assert_close(by_map, output, atol=1e-5, rtol=1e-5)
 

@@ -36,7 +36,9 @@ def test_fused_attention_sees_channels_side_by_side(any_order):
     seen = []
     for block in attention_blocks(any_order).values():
         block.attention.register_forward_hook(
-            lambda attention, inputs, _output: seen.extend(part.stride(-1) for part in attention.split(inputs[0]))
+            lambda _attention, inputs, _output, block=block: seen.extend(
+                part.stride(-1) for part in block.split(inputs[0])
+            )
         )
     any_order(X, T)
     assert set(seen) == {1}

@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from guided_diffusion.diffusion.noise import SampleNoise
-from guided_diffusion.runs.likelihood import BY_STEP
+from guided_diffusion.runs.likelihood import BY_STEP, measure
+from guided_diffusion.runs.ranks import Job
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
+from guided_diffusion.settings.sampling import LikelihoodConfig
+from guided_diffusion.storage.images import ImageFolder
 from running import SCRIPTS, mpiexec, refused, run
 from small import SMALL, randomised
 
@@ -100,6 +104,82 @@ def test_a_stopped_run_goes_on(flags):
     run("image_nll", **flags | {"seed": 1})
     assert len(list(flags["out_dir"].glob("parts_*"))) == 2
     assert result_in(flags["out_dir"])[0]["total_bpd"] != result["total_bpd"]
+
+
+def times(folder):
+    """When each part of a folder was written, by its name."""
+    [parts] = folder.glob("parts_*")
+    return {path.name: path.stat().st_mtime_ns for path in sorted(parts.iterdir())}
+
+
+def test_more_images_in_the_same_folder(flags, expected):
+    run("image_nll", **flags | {"num_samples": 4})
+    before = times(flags["out_dir"])
+    run("image_nll", **flags)
+    assert_as_expected(flags["out_dir"], expected)
+    now = times(flags["out_dir"])
+    assert len(now) == len(before) + 1
+    assert {name: now[name] for name in before} == before
+
+
+def test_images_are_known_by_their_contents(flags, tmp_path):
+    """A picture becomes another one of the same name and size: its part alone is measured again."""
+    run("image_nll", **flags)
+    before, was = times(flags["out_dir"]), result_in(flags["out_dir"])[0]["total_bpd"]
+    third = sorted(flags["data_dir"].iterdir())[2]
+    size = third.stat().st_size
+    Image.new("RGB", (16, 16)).save(third)
+    third.write_bytes(third.read_bytes().ljust(size, b"\0"))
+    assert third.stat().st_size == size
+    run("image_nll", **flags)
+    now = times(flags["out_dir"])
+    assert [name for name in now if now[name] != before[name]] == ["part_000001.npz"]
+    run("image_nll", **flags | {"out_dir": tmp_path / "fresh"})
+    found, fresh = result_in(flags["out_dir"])[0], result_in(tmp_path / "fresh")[0]
+    assert found["total_bpd"] == fresh["total_bpd"]
+    assert found["total_bpd"]["value"] != was["value"]
+
+
+def test_an_image_of_another_class_is_another_image(flags):
+    """The fourth picture of five goes from the second class to the first, and stays the fourth."""
+    run("image_nll", **flags)
+    before = times(flags["out_dir"])
+    (flags["data_dir"] / "b_1.png").rename(flags["data_dir"] / "a_9.png")
+    run("image_nll", **flags)
+    now = times(flags["out_dir"])
+    assert [name for name in now if now[name] != before[name]] == ["part_000001.npz"]
+
+
+def test_a_part_with_other_numbers_than_were_written_is_measured_again(flags):
+    run("image_nll", **flags)
+    was = result_in(flags["out_dir"])[0]["total_bpd"]
+    [path] = flags["out_dir"].glob("parts_*/part_000001.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | {"vb": arrays["vb"] + 1})
+    run("image_nll", **flags)
+    assert result_in(flags["out_dir"])[0]["total_bpd"] == was
+
+
+def test_a_second_run_in_the_same_folder_is_refused(flags, capsys):
+    flags["out_dir"].mkdir()
+    with FileLock(flags["out_dir"] / ".lock"):
+        assert "another run is writing here" in refused(capsys, "image_nll", **flags)
+    run("image_nll", **flags)
+
+
+def test_one_job_measures_several_times(model, flags, expected):
+    """The second one neither waits for the first one's counters nor reads its files."""
+    network, diffusion, _ = model
+    network.eval()
+    images, job = ImageFolder(str(flags["data_dir"]), 16, class_cond=True), Job()
+    found = []
+    for seed in (0, 1, 0):
+        out_dir = str(flags["out_dir"] / str(len(found)))
+        config = LikelihoodConfig(data_dir="there", model_path="here", out_dir=out_dir, seed=seed, batch_size=2)
+        found.append(measure(images, network, diffusion, config, {"seed": seed}, job)["total_bpd"])
+    assert found[0]["value"] == pytest.approx(expected["total_bpd"].mean().item(), rel=1e-5)
+    assert found[2] == found[0] != found[1]
 
 
 def test_one_image_has_no_standard_error(flags, expected, capsys):

@@ -97,9 +97,9 @@ def test_an_unwritable_folder_is_refused(flags, capsys, tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(flags, capsys, monkeypatch):
-    from guided_diffusion.runs import sample_store
+    from guided_diffusion.runs import shards
 
-    write, calls = sample_store.write_atomically, []
+    write, calls = shards.write_atomically, []
 
     def full(path, write_to):
         calls.append(path)
@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(flags, capsys, monkeypatc
             raise OSError(28, "No space left on device")
         return write(path, write_to)
 
-    monkeypatch.setattr(sample_store, "write_atomically", full)
+    monkeypatch.setattr(shards, "write_atomically", full)
     with pytest.raises(SystemExit) as stop:
         run("image_sample", **flags)
     assert stop.value.code == 2

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guided_diffusion.runs.sample_store import DamagedError, SampleStore, Shard, batches
+from guided_diffusion.runs.sample_store import SampleStore, Shard, batches
+from guided_diffusion.runs.shards import DamagedError
 from guided_diffusion.storage.files import join, read_arrays, write_atomically
 
 RANDOM = np.random.RandomState(0)

@@ -3,16 +3,19 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.settings.options import read_yaml
 from guided_diffusion.storage import fetch
 from guided_diffusion.storage.checkpoints import load_state_dict, save_atomically
 from running import run
 from small import SMALL
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = bytes(range(256)) * 20000
 
 
@@ -175,3 +178,28 @@ def test_a_configuration_alone_is_enough(server, tmp_path):
     server.data = b"other"
     run("image_sample", config=tmp_path / "one.yaml", model_path=tmp_path / "w.pt", out_dir=tmp_path / "own")
     assert len(server.asked) == 1
+
+
+def test_size_address_and_licence_are_said_before_anything_is_fetched(server, monkeypatch, capsys):
+    monkeypatch.setitem(fetch.LICENCES, server.url("weights/"), "anybody's")
+    server.breaks_at = 0
+    with pytest.raises(ValueError, match="broke off at 0"):
+        fetch.local_path(server.url("weights/file.pt"))
+    said = capsys.readouterr().err
+    assert f"fetching {server.url('weights/file.pt')} (5.1 MB)\n  licence: anybody's\n" in said
+    path = fetch.local_path(server.url("other/file.pt"))
+    assert "licence: not known here" in capsys.readouterr().err
+    fetch.local_path(server.url("other/file.pt"))
+    assert capsys.readouterr().err == ""
+    assert path.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_is_known_of_the_licence_of_every_published_file_is_said(path):
+    settings = read_yaml(str(path))
+    address = settings.get("model_path") or settings["classifier_path"]
+    if "://" in address:
+        assert "MIT" in fetch._terms(address, 2_211_000_000)
+        assert "(2.21 GB)" in fetch._terms(address, 2_211_000_000)
+    else:
+        assert path.stem.startswith("emoji")

@@ -134,7 +134,7 @@ def test_mutated_base_samples(tmp_path):
         condition_of = refused_or(tmp_path / "x.npz", mutate(data, seed), lambda path: base_condition(path, 4, 5))
         refused += condition_of is None
         if condition_of is not None:
-            assert condition_of([0])["low_res"].shape == (1, 3, 4, 4)
+            assert condition_of(None, [0])["low_res"].shape == (1, 3, 4, 4)
     assert refused > 20
 
 

@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,9 @@ from guided_diffusion.diffusion.diffusion import build_diffusion
 from guided_diffusion.guidance.base import evaluations
 from guided_diffusion.guidance.building import guidances_of
 from guided_diffusion.networks.building import build_classifier, build_network
+from guided_diffusion.runs.prepare import Configs
 from guided_diffusion.settings.options import parse_args
+from guided_diffusion.settings.shipped import shipped
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published.json").read_text())
@@ -22,16 +23,7 @@ OURS = ("demo", "solvers")  # of the embedded model
 PLANS = {name: read_plan(name) for name in [*PUBLISHED, *OURS]}
 RUNS = [(name, row) for name, plan in PLANS.items() for row in plan.rows if not row.missing]
 each_run = pytest.mark.parametrize(("plan", "row"), RUNS, ids=lambda part: getattr(part, "name", part))
-GROUPS = {
-    "SamplingConfig": "sampling", "GuidanceConfig": "sag", "OtherGuidanceConfig": "others", "NetworkConfig": "network",
-    "DiffusionConfig": "diffusion", "ClassifierGuidanceConfig": "by_classifier", "ClassifierConfig": "classifier",
-}  # fmt: skip
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
-
-
-@functools.cache
-def script(name):
-    return importlib.import_module(f"guided_diffusion.commands.{name}")
 
 
 class ParsedError(Exception):
@@ -44,12 +36,12 @@ def settings_of(row):
     def parse_and_stop(description, groups):
         raise ParsedError(parse_args(description, groups, row.arguments()))
 
-    module = script(row.script)
+    module = importlib.import_module(f"guided_diffusion.commands.{row.script}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "parse_args", parse_and_stop)
         with pytest.raises(ParsedError) as stop:
             module.main()
-    return SimpleNamespace(**{GROUPS[type(config).__name__]: config for config in stop.value.args[0]})
+    return Configs.of(stop.value.args[0])
 
 
 @functools.cache
@@ -64,7 +56,7 @@ def guidances(settings):
 
 
 def classifier_scale(settings):
-    by_classifier = getattr(settings, "by_classifier", None)
+    by_classifier = settings.by_classifier
     return by_classifier.classifier_scale if by_classifier and by_classifier.on else 0
 
 
@@ -165,9 +157,9 @@ def test_the_best_row_of_every_ablation_is_one_run():
 
 def test_configurations_and_plans_publish_the_same():
     rows = [row for name in PUBLISHED for row in PLANS[name].rows if row.config]
-    for path in {row.config[0] for row in rows}:
-        in_plans = [dict(row.published) for row in rows if row.config[0] == path]
-        for entry in yaml.safe_load(Path(path).read_text())["published"]:
+    for name in {row.config[0] for row in rows}:
+        in_plans = [dict(row.published) for row in rows if row.config[0] == name]
+        for entry in yaml.safe_load(shipped(f"{name}.yaml").read_text())["published"]:
             assert {key: value for key, value in entry.items() if key in METRICS} in in_plans
 
 
@@ -233,7 +225,7 @@ def test_a_row_takes_the_settings_of_its_plan_and_wins(tmp_path):
         (GOOD | {"set": ["seed"]}, "set: wanted flags, got ['seed']"),
         (GOOD | {"groups": "main"}, "groups: wanted titles by group, got 'main'"),
         ({key: GOOD[key] for key in ("title", "rows")}, "row one: wanted a config, or missing: why there is none"),
-        (with_row(config="emoij"), "row one: config: no such file "),
+        (with_row(config="emoij"), f"row one: config: {shipped('emoij.yaml')}: no such configuration; there are adm_"),
         (with_row(config=5), "row one: config: wanted a list of names, got 5"),
         (with_row(config=[5]), "row one: config: wanted a list of names, got 5"),
         (with_row(scale=1), "row one: unknown key 'scale'; wanted some of "),

@@ -9,7 +9,6 @@ import torch
 from torch.utils import checkpoint as torch_checkpoint
 
 from guided_diffusion.diffusion.denoiser import ModelMeanType
-from guided_diffusion.networks import attention, unet
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings.training import TrainingConfig
 from guided_diffusion.storage.checkpoints import load_state_dict
@@ -243,14 +242,13 @@ def test_samples_are_of_the_first_average_at_their_interval(tmp_path):
 
 @pytest.mark.parametrize("use_checkpoint", [True, False])
 def test_activations_are_recomputed_where_the_flag_says_so(tmp_path, monkeypatch, use_checkpoint):
-    recomputed = []
+    recomputed, checkpoint = [], torch_checkpoint.checkpoint
 
     def counted(*arguments, **settings):
         recomputed.append(arguments)
-        return torch_checkpoint.checkpoint(*arguments, **settings)
+        return checkpoint(*arguments, **settings)
 
-    monkeypatch.setattr(unet, "checkpoint", counted)
-    monkeypatch.setattr(attention, "checkpoint", counted)
+    monkeypatch.setattr(torch_checkpoint, "checkpoint", counted)
     loop = loop_of(tmp_path, network={"use_checkpoint": use_checkpoint})
     passes = []
     loop.network.middle_block[0].in_layers[0].register_forward_hook(lambda *_: passes.append(1))

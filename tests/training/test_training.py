@@ -16,7 +16,7 @@ def test_likelihood_of_all_pixel_values_is_one():
     values = torch.arange(256.0) / 127.5 - 1
     for mean, scale in [(0.1, 0.02), (-0.99, 0.1), (0.7, 0.3)]:
         log_probs = discretized_gaussian_log_likelihood(
-            values, torch.full_like(values, mean), torch.full_like(values, scale).log()
+            values, means=torch.full_like(values, mean), log_scales=torch.full_like(values, scale).log()
         )
         assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-3)
         inside = log_probs[1:-1]  # the ends hold the tails

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guided_diffusion import dist_util
-from guided_diffusion.runs import ranks as parallel
+from guided_diffusion.runs import ranks
 from guided_diffusion.settings.options import BadInput
 from running import mpiexec
 
@@ -93,7 +93,7 @@ def test_parameters_are_those_of_rank_0(tmp_path):
 
 
 def test_alone_everything_is_there_at_once(tmp_path):
-    job = parallel.start()
+    job = ranks.start()
     assert (job.rank, job.size) == (0, 1)
     assert [job.add("a"), job.add("a", 2), job.add("b", 0)] == [1, 3, 0]
     assert job.share("text", "hello") == "hello"
@@ -115,12 +115,12 @@ def test_an_mpiexec_of_another_mpi_is_noticed(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "4")
     monkeypatch.setitem(sys.modules, "mpi4py", fake_mpi(1))
     with pytest.raises(BadInput) as stop:
-        parallel.start()
+        ranks.start()
     assert "started 4 ranks, but the MPI library that mpi4py loads counts 1" in stop.value.message
 
 
 def test_the_gpu_is_chosen_by_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert parallel.Job(rank=6, size=8, local_rank=2, local_size=4).device == torch.device("cuda", 2)
-    assert parallel.Job(rank=5, size=8, local_rank=5, local_size=8).device == torch.device("cuda", 1)
+    assert ranks.Job(rank=6, size=8, local_rank=2, local_size=4).device == torch.device("cuda", 2)
+    assert ranks.Job(rank=5, size=8, local_rank=5, local_size=8).device == torch.device("cuda", 1)

@@ -1,0 +1,56 @@
+"""What a run is known by: its hash stays what it was, unless the samples would be others."""
+
+import pytest
+
+from guided_diffusion.runs.identity import identity, settings_hash
+from guided_diffusion.runs.pipeline import ImagePipeline
+from guided_diffusion.runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS
+from guided_diffusion.settings.options import merge, parse_args, resolved
+from guided_diffusion.stable_diffusion.sampling import LatentPipeline
+from running import refused, run
+from small import EMBEDDED
+
+SETTINGS = {"sag_scale": 0.5, "timestep_respacing": "50", "class_cond": True, "num_classes": 3}
+PINNED = "8cc8701beb8f782aba9aac3f420ad9efa581d0959a90374aa60dbf4627c9a399"
+PINNED_WITH_CLASSIFIER = "d64482b048ace2f241fd5feba4fedb43f0945f6004b7eaf29bbe8b2f9f5f5f4c"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "any_name.pt"
+    path.write_bytes(b"weights")
+    return str(path)
+
+
+def hash_of(configs, version=1):
+    return settings_hash(identity(resolved(*configs), version))
+
+
+@pytest.mark.parametrize(
+    ("groups", "pinned"), [(IMAGE_GROUPS, PINNED), (CLASSIFIER_GROUPS, PINNED_WITH_CLASSIFIER)], ids=["image", "class"]
+)
+def test_the_hash_of_known_settings_is_pinned(weights, groups, pinned):
+    # Another hash here gives up every folder that users have: a new setting comes `later`, other samples are a version.
+    assert hash_of(merge(groups, ("test", SETTINGS | {"model_path": weights}))) == pinned
+
+
+@pytest.mark.usefixtures("weights")
+def test_how_settings_are_written_does_not_count(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("sag_scale: '0.5'\nnum_classes: '3'\nclass_cond: yes\npaper: none\nmodel_path: any_name.pt\n")
+    flags = ["--timestep_respacing", "50", "--class_cond", "true", "--num_samples", "3", "--png", "--out_dir", "there"]
+    assert hash_of(parse_args("", IMAGE_GROUPS, ["--config", str(file), *flags])) == PINNED
+
+
+def test_another_version_is_another_hash(weights):
+    configs = merge(IMAGE_GROUPS, ("test", SETTINGS | {"model_path": weights}))
+    assert len({hash_of(configs, version) for version in (1, 2, 3)}) == 3
+    assert ImagePipeline.samples_version == LatentPipeline.samples_version == 1
+
+
+def test_samples_of_another_version_are_not_mixed(tmp_path, monkeypatch, capsys):
+    flags = EMBEDDED | {"num_samples": 1, "out_dir": tmp_path / "out"}
+    run("image_sample", **flags)
+    capsys.readouterr()
+    monkeypatch.setattr(ImagePipeline, "samples_version", 2)
+    assert "samples_version was None, is 2" in refused(capsys, "image_sample", **flags)
