@@ -223,17 +223,17 @@ def start_process_group(job: Job, device: torch.device, name: str) -> None:
         world_size=job.size,
         timeout=GROUP_TIMEOUT,
     )
-    if not own_gpu:
-        atexit.register(_end_gloo)
+    atexit.register(_end_process_group)
 
 
-def _end_gloo() -> None:
-    """Let the group's threads end first: one that lets go of a tensor while the interpreter ends aborts the process.
+def _end_process_group() -> None:
+    """End torch.distributed before the interpreter ends, where a thread that lets go of a tensor aborts the process.
 
     Not after an error, when others may never come to what this rank waits for.
     """
     if dist.is_initialized() and not hasattr(sys, "last_value"):
-        dist.group.WORLD._wait_for_pending_works()  # destroying does not, where a network under DDP keeps the group
+        if dist.get_backend() == "gloo":
+            dist.group.WORLD._wait_for_pending_works()  # destroying does not, where a network under DDP keeps the group
         dist.destroy_process_group()
 
 
