@@ -42,6 +42,10 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 """How long ranks of a process group wait for one that does not come, such as rank 0 that saves and samples."""
 
 
+REST_S = 0.2
+"""What threads get to come to rest at the end, which a network under DDP keeps where the group is destroyed."""
+
+
 class _OwnStore:
     """The counters and texts of a process alone, with the methods of torch's TCPStore."""
 
@@ -232,8 +236,8 @@ def _end_process_group() -> None:
     Not after an error, when others may never come to what this rank waits for.
     """
     if dist.is_initialized() and not hasattr(sys, "last_value"):
-        if dist.get_backend() == "gloo":
-            dist.group.WORLD._wait_for_pending_works()  # destroying does not, where a network under DDP keeps the group
+        if dist.get_world_size() > 1:
+            time.sleep(REST_S)
         dist.destroy_process_group()
 
 
