@@ -16,7 +16,7 @@ from guided_diffusion.settings.model import DiffusionConfig
 from guided_diffusion.settings.options import merge
 from guided_diffusion.settings.training import TrainingConfig
 from guided_diffusion.storage.pictures import to_uint8
-from running import refused
+from running import refused, run
 from small import SMALL, randomised
 
 NAN, INF = math.nan, math.inf
@@ -34,7 +34,11 @@ def flags(tmp_path, **more):
 
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_weights_that_are_not_finite_write_no_shard(tmp_path, capsys, value):
-    said = refused(capsys, "image_sample", **flags(tmp_path, bias=value, clip_denoised=False))
+    with pytest.raises(SystemExit) as stop:
+        run("image_sample", **flags(tmp_path, bias=value, clip_denoised=False))
+    assert stop.value.code == 2
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ")
     assert "samples 0, 1, 2, 3 are not finite after the step t = 7 of 8 (the first is t = 7)" in said
     assert "weights that are not finite" in said
     assert not list((tmp_path / "run").rglob("*.npz"))
@@ -66,7 +70,7 @@ def test_what_only_decoding_spoils_is_told():
 
 
 def test_half_precision_is_named_as_the_likely_cause():
-    with pytest.raises(FloatingPointError, match="samples 5, 6 are .* float16 overflows: try bfloat16 or float32"):
+    with pytest.raises(FloatingPointError, match=r"samples 5, 6 are .* float16 overflows: try bfloat16 or float32"):
         make_shard(pipeline_of(0.0, torch.float16, x=INF), range(5, 7), 2, lambda *_: None)
 
 
