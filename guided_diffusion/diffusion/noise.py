@@ -18,7 +18,8 @@ _drawing = ThreadPoolExecutor(1, thread_name_prefix="noise")
 
 def generator(seed: int, index: int, purpose: int, step: int = 0) -> np.random.Generator:
     """The random numbers of sample `index` for one purpose and step."""
-    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, purpose, step]))
+    key = np.array([seed, index], dtype=np.uint64)  # of a list numpy would make floats from 2^63 on
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, purpose, step]))
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Prediction
-from ..networks.attention import Attends, record_attention, split_legacy
+from ..networks.attention import UNHEARD, Attends, record_attention, split_legacy
 from .base import Observation
 from .masked_blur import MaskedBlur
 from .masks import attention_mask
@@ -49,7 +49,7 @@ class SelfAttentionGuidance(MaskedBlur):
         """M_t = 1(A_t > ψ), [N, 1, H, W] bool."""
         heard = step.recorded[self]
         if self.block not in heard:
-            raise ValueError("sag_block: its attention was not heard in the pass; is it a block of this network?")
+            raise ValueError(UNHEARD.format("sag_block: its attention"))
         return attention_mask(heard[self.block], step.base.x_t.shape[2:], self.threshold)
 
     def degrade(self, base: Prediction, mask: Tensor) -> Tensor:

@@ -95,6 +95,12 @@ def find_block(network: nn.Module, name: str) -> Replaceable:
     return blocks[name]
 
 
+UNHEARD = (
+    "{} was not heard in the pass: the blocks are of another network than was called (a deep copy? a wrapper, or "
+    "torch.compile of the whole network, which runs no hooks? compile_blocks() does)"
+)
+
+
 @contextmanager
 def record_attention(*blocks: Attends, split: Split | None = None) -> Iterator[dict[Attends, Tensor]]:
     """Record the attention score of `blocks` during the network calls made inside the `with`.
@@ -125,9 +131,20 @@ def replace_attention(*blocks: Replaceable, fn: Attend) -> Iterator[None]:
     """Let `fn(q, k, v)` do the attention of `blocks` during the network calls made inside the `with`.
 
     q, k, v are read in the block's own order of heads. The state dict is not touched; the hooks are removed on leaving,
-    also by an exception.
+    also by an exception. A ValueError on leaving says that a block was never called, so that nothing was replaced.
     """
+    called: set[int] = set()
+
+    def counted(number: int) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            called.add(number)
+            return fn(q, k, v)
+
+        return attend
+
     with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(block.replace(fn))
+        for number, block in enumerate(blocks):
+            stack.enter_context(block.replace(counted(number)))
         yield
+    if len(called) < len(blocks):
+        raise ValueError(UNHEARD.format("attention that was to be replaced"))

@@ -17,6 +17,9 @@ from ..storage import pictures
 from ..storage.files import is_address, join, write_atomically
 from .shards import Shards
 
+RESULT = re.compile(r"samples_\d+(x\d+)*\.npz|grid\.png|comparison\.png|config\.yaml")
+"""The files of a finished run, beside its manifest, shards and PNGs."""
+
 
 @dataclass(frozen=True, eq=False)
 class Shard:
@@ -82,13 +85,18 @@ class SampleStore(Shards):
         return bf.isdir(shards) and any(name.endswith(".npz") for name in bf.listdir(shards))
 
     def clear(self) -> None:
-        """Delete what an earlier run left: shards, manifest and PNGs."""
+        """Delete what an earlier run left: all samples and pictures of them, and what describes them."""
         if bf.isdir(join(self.folder, "shards")):
             (bf.rmtree if is_address(self.folder) else shutil.rmtree)(join(self.folder, "shards"))
         if bf.exists(self.manifest_path):
             bf.remove(self.manifest_path)
-        for path in self._pngs():
+        for path in [*self._pngs(), *self._results()]:
             bf.remove(path)
+
+    def _results(self) -> list[str]:
+        """What a finished run leaves beside its shards."""
+        names = sorted(bf.listdir(self.folder)) if bf.isdir(self.folder) else []
+        return [join(self.folder, name) for name in names if RESULT.fullmatch(name)]
 
     def write_manifest(self, about: Mapping[str, Any]) -> None:
         """Write manifest.json: the identity, its hash, and what is known about the run."""

@@ -1,5 +1,6 @@
 """Files by address: fetched once into a cache, resumed after a break, their hash checked from then on."""
 
+import hashlib
 import http.client
 import json
 import os
@@ -7,7 +8,7 @@ import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import blobfile as bf
@@ -48,9 +49,15 @@ def local_path(path: str) -> Path:
     if not is_address(path):
         return Path(path)
     address = urllib.parse.urlsplit(path)
-    file = cache_folder() / address.netloc / address.path.lstrip("/")
-    if not address.path or address.path.endswith("/"):
+    names = PurePosixPath(address.path.lstrip("/"))
+    if not names.name or address.path.endswith("/"):
         raise ValueError(f"{path}: names no file")
+    if ".." in names.parts:
+        raise ValueError(f"{path}: an address with .. in it")
+    if address.query:
+        # Another question is another file.
+        names = names.with_name(f"{hashlib.sha256(address.query.encode()).hexdigest()[:16]}-{names.name}")
+    file = cache_folder() / address.netloc / names
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # One process at a time fetches a file; the others wait.

@@ -162,6 +162,12 @@ def test_labels_belong_to_the_sample():
     assert torch.bincount(labels).min() > 60
 
 
+def test_large_seeds_are_seeds_of_their_own():
+    seeds = [0, 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
+    drawn = [SampleNoise(seed, [0], (1, 2, 2)).x_T() for seed in seeds]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_impossible_seeds_are_refused(seed):
     with pytest.raises(ValueError, match="seed"):

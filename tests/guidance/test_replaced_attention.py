@@ -1,5 +1,6 @@
 """Perturbed-attention and smoothed energy guidance against attention computed by hand."""
 
+import copy
 import math
 
 import pytest
@@ -213,3 +214,14 @@ def test_impossible_settings_are_refused(any_order):
     for sigma in (-1.0, math.nan):
         with pytest.raises(ValueError, match="seg_sigma: wanted 0 or more"):
             seg(any_order, sigma=sigma)
+
+
+@pytest.mark.parametrize("guidance", [PerturbedAttentionGuidance, SmoothedEnergyGuidance])
+def test_a_guidance_of_another_network_than_is_called_is_refused(small, guidance):
+    """A deep copy, as an average of weights is, has blocks of its own: nothing would be perturbed, at double cost."""
+    network, diffusion = small
+    made = guidance(scale=1.0, blocks=(find_block(network, "middle_block.1"),))
+    noise = torch.zeros(1, 3, 16, 16)
+    assert diffusion.ddim_sample_loop(network, noise.shape, noise=noise, guidance=made).shape == noise.shape
+    with pytest.raises(ValueError, match=r"was not heard in the pass: .* a deep copy\?"):
+        diffusion.ddim_sample_loop(copy.deepcopy(network), noise.shape, noise=noise, guidance=made)

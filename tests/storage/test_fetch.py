@@ -80,6 +80,22 @@ def test_a_file_is_fetched_once(server):
     assert record["address"] == server.url("a/file.pt")
 
 
+def test_the_question_of_an_address_is_part_of_the_files_name(server):
+    one = fetch.local_path(server.url("uc?id=MODEL_A"))
+    server.data = DATA[::-1]
+    other = fetch.local_path(server.url("uc?id=MODEL_B"))
+    assert (one.read_bytes(), other.read_bytes()) == (DATA, DATA[::-1])
+    assert fetch.local_path(server.url("uc?id=MODEL_A")) == one
+    assert len(server.asked) == 2
+
+
+def test_no_address_leads_out_of_the_cache(server, tmp_path):
+    with pytest.raises(ValueError, match=r"an address with \.\. in it"):
+        fetch.local_path(server.url("../../x.pt"))
+    assert not server.asked
+    assert not (tmp_path / "x.pt").exists()
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_fetch_goes_on(server, ranges):
     server.ranges, server.breaks_at = ranges, 3_000_000
