@@ -22,21 +22,22 @@ TRAINED_ON = CONFIGS / "models" / "emoji32_train.npz"
 def emoji():
     """Four pictures that the embedded model knows, uint8."""
     with np.load(TRAINED_ON) as file:
-        return file["arr_0"][:4]
+        return file["arr_0"][[0, 120, 240, 360]]
 
 
 @pytest.fixture
 def folder(emoji, tmp_path):
-    """Three of them as pictures; the order of their names is not that of their making."""
-    (tmp_path / "pictures" / "deeper").mkdir(parents=True)
-    for name, image in zip(("c", "b", "deeper/a"), emoji[:3], strict=True):
+    """Three of them as pictures, by the order of their names the third, the second and the first."""
+    (tmp_path / "pictures" / "a").mkdir(parents=True)
+    for name, image in zip(("c", "b", "a/0"), emoji[:3], strict=True):
         Image.fromarray(image).save(tmp_path / "pictures" / f"{name}.png")
     return tmp_path / "pictures"
 
 
 @pytest.fixture
 def flags(folder, tmp_path):
-    return EMBEDDED | {"timestep_respacing": 4, "init_image": folder, "out_dir": tmp_path / "out"}
+    more = {"timestep_respacing": 4, "num_samples": 3, "init_image": folder, "out_dir": tmp_path / "out"}
+    return EMBEDDED | more
 
 
 def samples(folder):
@@ -77,7 +78,8 @@ def test_it_is_the_doors_loop(small, sampler, strength, made):
         network, (3, 3, 16, 16), noise=noise.x_T(), step_noise=noise, skip_timesteps=8 - made,
         init_image=images[[0, 1, 0]], guidance=create_guidance(network, **sag), **eta,
     )  # fmt: skip
-    torch.testing.assert_close(states[-1].x, sample, atol=1e-5, rtol=1e-5)
+    # DDIM of the door computes ε from x̂_0.
+    torch.testing.assert_close(states[-1].x, sample, atol=1e-4, rtol=0)
 
 
 def test_all_steps_begin_with_the_noise_of_the_whole_process(small):
@@ -92,37 +94,38 @@ def test_all_steps_begin_with_the_noise_of_the_whole_process(small):
     torch.testing.assert_close(first.prediction.x_t - signal * images, (1 - signal**2) ** 0.5 * noise)
 
 
-@pytest.mark.parametrize(("sampler", "respacing"), [("ddpm", "20"), ("unipc", "logsnr20"), ("dpm++2m-sde", "20")])
-def test_less_strength_comes_back_nearer_to_the_image(emoji, sampler, respacing):
+@pytest.mark.parametrize(("sampler", "respacing"), [("ddpm", "12"), ("unipc", "logsnr12"), ("dpm++2m-sde", "12")])
+def test_less_strength_comes_back_nearer_to_the_image(emoji, folder, sampler, respacing):
     far = []
     for strength in (0.0, 0.25, 0.5, 1.0):
         pipeline = guided_diffusion.load(
-            "emoji", init_image=str(TRAINED_ON), timestep_respacing=respacing, sampler=sampler, strength=strength
+            "emoji", init_image=str(folder), timestep_respacing=respacing, sampler=sampler, strength=strength
         )
-        far.append(rms(pipeline.sample(4), emoji))
+        far.append(rms(pipeline.sample(3, guidance=None), emoji[[2, 1, 0]]))
     assert far == sorted(far)
     assert far[0] < 0.05
     assert far[-1] > 0.3
 
 
-def test_what_a_run_makes(flags, folder, emoji, capsys):
-    """As many samples as pictures, sample i of picture i in the order of names."""
-    run("image_sample", **flags | {"strength": 0})
+def test_what_a_run_makes(flags, emoji, capsys):
+    """Without --num_samples as many as there are pictures, sample i of picture i in the order of names."""
+    run("image_sample", **flags | {"strength": 0, "num_samples": ""})
     assert "from 3 given images: the last 1 of 4 steps" in capsys.readouterr().err
     images = samples(flags["out_dir"])
-    for image, near in zip(images, emoji[[1, 0, 2]], strict=True):
-        assert rms(image, near) < 0.1 < min(rms(image, other) for other in emoji[:3] if other is not near)
+    assert len(images) == 3
+    for image, picture in zip(images, (2, 1, 0), strict=True):
+        assert rms(image, emoji[picture]) < 0.1 < min(rms(image, other) for other in np.delete(emoji, picture, 0))
     assert json.loads((flags["out_dir"] / "manifest.json").read_text())["settings"]["num_samples"] == 3
     # More go round; a configuration repeats the run.
     more = flags["out_dir"].parent / "more"
     run("image_sample", config=flags["out_dir"] / "config.yaml", num_samples=5, out_dir=more)
     assert np.array_equal(samples(more)[:3], images)
-    assert rms(samples(more)[3], emoji[1]) < 0.1
+    assert rms(samples(more)[3], emoji[2]) < 0.1
 
 
-def test_one_picture(flags, folder, emoji, tmp_path):
-    run("image_sample", **flags | {"init_image": folder / "b.png", "strength": 0})
-    assert rms(samples(flags["out_dir"]), emoji[1:2]) < 0.1
+def test_one_picture(flags, folder, emoji):
+    run("image_sample", **flags | {"init_image": folder / "b.png", "strength": 0, "num_samples": 2})
+    assert rms(samples(flags["out_dir"]), emoji[[1, 1]]) < 0.1
 
 
 def test_self_attention_guidance_acts(flags):
@@ -137,13 +140,13 @@ def test_self_attention_guidance_acts(flags):
 
 
 def test_a_classifier_acts(flags):
-    flags |= {"timestep_respacing": 2, "labels": 1}
+    flags |= {"strength": 0.9, "labels": 1, "num_samples": 2, "sag_scale": 0}
     run("classifier_sample", **flags | {"out_dir": flags["out_dir"] / "without"})
     classifier = {"classifier_path": CONFIGS / "models" / "emoji32_classifier.safetensors"}
     configs = ["--config", CONFIGS / "emoji.yaml", "--config", CONFIGS / "emoji_classifier.yaml"]
     rest = {key: value for key, value in flags.items() if key != "config"}
     run("classifier_sample", *configs, **rest | classifier | {"out_dir": flags["out_dir"] / "with"})
-    assert rms(samples(flags["out_dir"] / "with"), samples(flags["out_dir"] / "without")) > 1e-3
+    assert rms(samples(flags["out_dir"] / "with"), samples(flags["out_dir"] / "without")) > 0.005
 
 
 def test_a_stopped_run_goes_on_and_batches_do_not_matter(flags, tmp_path, capsys):
@@ -187,7 +190,7 @@ def test_the_pictures_count_and_not_their_names(flags, folder, tmp_path, capsys)
         ({"init_image": "nowhere.npz"}, "init_image: no such file 'nowhere.npz'"),
         ({"init_image": CONFIGS / "models" / "emoji32_masks.npz"}, "arr_0: wanted uint8 [N, 32, 32, 3], got uint8"),
         ({"image_size": 64, "init_image": TRAINED_ON}, "arr_0: wanted uint8 [N, 64, 64, 3]"),
-        ({"init_image": CONFIGS}, "init_image: no image file below"),
+        ({"init_image": CONFIGS / "tables"}, "init_image: no image file below"),
         ({"init_image": CONFIGS / "emoji.yaml"}, "emoji.yaml (not one of BMP"),
         ({"num_samples": 0}, "num_samples: wanted 1 or more, got 0"),
     ],
