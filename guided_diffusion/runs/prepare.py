@@ -100,13 +100,12 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
 
     weights: read them; if not, the networks are filled at random.
     """
-    images, diffusion = None, build_diffusion(configs.diffusion)
-    if configs.sampling.init_image:
-        side, steps = configs.network.image_size, diffusion.num_timesteps
-        images = GivenImages(configs.sampling.init_image, side, side, "init_image")
-        diffusion = diffusion.first(configs.sampling.steps_made(steps))
+    about, by_classifier, given = configs.network, configs.by_classifier, configs.sampling.init_image
+    images = GivenImages(given, about.image_size, about.image_size, "init_image") if given else None
     configs = replace(configs, sampling=counted(configs.sampling, images))
-    about, by_classifier = configs.network, configs.by_classifier
+    diffusion = build_diffusion(configs.diffusion)
+    steps = diffusion.num_timesteps
+    diffusion = diffusion.first(configs.sampling.steps_made(steps))
     with unfilled():
         network = build_network(about, configs.diffusion.learn_sigma)
     guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)
