@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ._authors import guidances_of
 from .diffusion import losses, samplers
 from .diffusion.denoiser import Denoiser, ModelMeanType, ModelVarType, NetworkDenoiser, Prediction
 from .diffusion.diffusion import Diffusion
 from .diffusion.losses import LossType, discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .diffusion.process import ForwardProcess, betas_for_alpha_bar, get_named_beta_schedule
 from .guidance.base import Guidance, GuidedDenoiser
-from .guidance.building import build_guidance
-from .settings.guidance import GuidanceConfig
-from .settings.options import merge
 
 __all__ = [
     "GaussianDiffusion",
@@ -395,10 +393,10 @@ class GaussianDiffusion(Diffusion):
         shape: of x_T. device: default the model's. progress: show a bar. step_noise: the noise of a step, by number.
         skip_timesteps: leave out so many of the first steps, and begin with `init_image` [N, C, H, W] in [−1, 1]
         (default: zeros) under the noise of the first that is made (SDEdit, Meng et al. 2022). guidance_kwargs: instead
-        of `guidance`, the SAG authors' guide_start, guide_scale and blur_sigma, of which guidance is made as they do.
+        of `guidance`, SAG's authors' guide_start, guide_scale and blur_sigma, or PAG's authors' guidance_strategies.
         """
         if guidance_kwargs is not None:
-            guidance = self._authors_guidance(model, guidance_kwargs)
+            guidance = guidances_of(guidance_kwargs, model, self.guided_block, self.num_timesteps)
         x = self._start(model, shape, noise, device, skip_timesteps, init_image)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         step = partial(
@@ -463,7 +461,7 @@ class GaussianDiffusion(Diffusion):
     ) -> Iterator[Result]:
         """DDIM, as `p_sample_loop_progressive`: after every step, what `ddim_sample` returns."""
         if guidance_kwargs is not None:
-            guidance = self._authors_guidance(model, guidance_kwargs)
+            guidance = guidances_of(guidance_kwargs, model, self.guided_block, self.num_timesteps)
         x = self._start(model, shape, noise, device, skip_timesteps, init_image)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         step = partial(
@@ -503,11 +501,6 @@ class GaussianDiffusion(Diffusion):
         steps = range(self.num_timesteps - skip_timesteps)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         return _last(self._steps(step, image, steps, denoiser, guidance, None, progress))
-
-    def _authors_guidance(self, model: Any, guidance_kwargs: Mapping[str, Any]) -> Guidance:
-        settings = {"fidelity": "reference"} | self.guided_block | dict(guidance_kwargs)
-        [config] = merge((GuidanceConfig,), ("guidance_kwargs", settings))
-        return build_guidance(model, config)
 
     def _start(
         self,

@@ -4,7 +4,7 @@ Sample i is made of image i of --base_samples (an npz of image_sample.py or clas
 labels; or a folder of pictures), which are used round and round. Writes samples_NxHxWx3.npz, grid.png, config.yaml and
 manifest.json:
 
-  python scripts/super_res_sample.py --config configs/adm_upsampler_64_256.yaml --base_samples 64_samples.npz
+  python scripts/super_res_sample.py --config adm_upsampler_64_256 --base_samples 64_samples.npz
 """
 
 from ..diffusion.diffusion import build_diffusion
@@ -14,18 +14,15 @@ from ..runs.pipeline import ImagePipeline
 from ..runs.prepare import counted
 from ..runs.ranks import command, start
 from ..runs.run import run
-from ..settings.model import OF_OTHER_SIZES, DiffusionConfig, NetworkConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
-from ..settings.sampling import SamplingConfig, UpsamplingConfig
+from ..settings.scripts import SCRIPTS
 from ..storage.given_images import GivenImages
-
-NOT_HERE = (*OF_OTHER_SIZES, "labels", "balanced_labels", "init_image", "strength")
 
 
 @command
 def main() -> None:
-    groups = (SamplingConfig, UpsamplingConfig, NetworkConfig, DiffusionConfig)
-    sampling, sizes, network_config, diffusion_config = parse_args(__doc__, groups, without=NOT_HERE)
+    groups, without = SCRIPTS["super_res_sample"]
+    sampling, sizes, network_config, diffusion_config = parse_args(__doc__, groups, without=without)
     job = start()
     with exit_on_bad_input():
         if not sizes.base_samples:
@@ -42,6 +39,6 @@ def main() -> None:
         diffusion = build_diffusion(diffusion_config)
     pipeline = ImagePipeline(sampling, sizes.large_size, network, diffusion, device, base_condition(images))
     settings = resolved(sampling, sizes, network_config, diffusion_config)
-    settings = {key: value for key, value in settings.items() if key not in NOT_HERE}
+    settings = {key: value for key, value in settings.items() if key not in without}
     line = f"super-resolution {sizes.small_size} → {sizes.large_size} of {len(images)} images"
     run(pipeline, settings, line, job)

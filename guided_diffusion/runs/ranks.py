@@ -16,8 +16,10 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from ..settings.options import BadInput
+from ..settings.shipped import how_to_install
 
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 """What mpiexec sets; without one of them MPI is not even loaded."""
@@ -35,6 +37,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 POLL_S = 0.1
 STORE_TIMEOUT = timedelta(days=30)
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""How long ranks of a process group wait for one that does not come, such as rank 0 that saves and samples."""
 
 
 class _OwnStore:
@@ -155,12 +159,12 @@ def _start_torchrun() -> Job:
     if size == 1:
         return Job()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    store = torch.distributed.TCPStore(
+    store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
     )
     # Each restart of the workers by torchrun counts anew.
     prefix = f"sampling/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = torch.distributed.PrefixStore(prefix, store)
+    store = dist.PrefixStore(prefix, store)
     return Job(rank, size, local_rank, local_size, store)
 
 
@@ -172,7 +176,7 @@ def _start_mpi() -> Job:
     except (ImportError, RuntimeError) as error:
         raise BadInput(
             f"started by an MPI launcher with {launched or 'several'} ranks, but MPI cannot be loaded "
-            f"({' '.join(str(error).split())}); pip install '.[mpi]', or mpi4py built for the cluster's MPI"
+            f"({' '.join(str(error).split())}); {how_to_install('mpi')}, or mpi4py built for the cluster's MPI"
         ) from None
     comm = MPI.COMM_WORLD
     if launched and launched != comm.size:
@@ -192,14 +196,32 @@ def _start_mpi() -> Job:
     if comm.rank == 0:
         host = "127.0.0.1" if len(set(hosts)) == 1 else socket.getfqdn()
         bind = host if len(set(hosts)) == 1 else "0.0.0.0"
-        store = torch.distributed.TCPStore(
+        store = dist.TCPStore(
             bind, 0, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False, multi_tenant=False
         )
         address = (host, store.port)
     host, port = comm.bcast(address)
     if store is None:
-        store = torch.distributed.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
+        store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
     return Job(comm.rank, comm.size, local.rank, local.size, store)
+
+
+def start_process_group(job: Job, device: torch.device, name: str) -> None:
+    """Start torch.distributed for a job, unless it is started: NCCL where each rank has a GPU of its own, else gloo.
+
+    device: of this rank. name: of the group in the job's store, the same on all ranks.
+    """
+    if dist.is_initialized():
+        return
+    # NCCL refuses two ranks on one GPU.
+    own_gpu = device.type == "cuda" and job.local_size <= torch.cuda.device_count()
+    dist.init_process_group(
+        "nccl" if own_gpu else "gloo",
+        store=dist.PrefixStore(name, job.store) if job.size > 1 else dist.HashStore(),
+        rank=job.rank,
+        world_size=job.size,
+        timeout=GROUP_TIMEOUT,
+    )
 
 
 def _unlink_shared_memory() -> None:
@@ -242,7 +264,24 @@ def _end(error: BaseException) -> None:
         code = 1
     if not isinstance(error, SystemExit):
         traceback.print_exc()
+    _abort(code)
+
+
+def _abort(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(0.2)
     _mpi.COMM_WORLD.Abort(code)
+
+
+def end_with_the_first() -> None:
+    """For scripts without `command`: an exception that a rank does not catch ends the whole MPI job."""
+    if _mpi is None or _mpi.COMM_WORLD.size == 1:
+        return
+    say = sys.excepthook
+
+    def hook(*error: Any) -> None:
+        say(*error)
+        _abort(1)
+
+    sys.excepthook = hook

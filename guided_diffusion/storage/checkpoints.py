@@ -26,10 +26,18 @@ def save_atomically(state: Any, path: str | Path) -> None:
 
 
 def load_state_dict(path: str) -> StateDict:
-    """Tensors by name from a `.pt` (zip or older format, `weights_only`) or `.safetensors` file.
+    """Tensors by name from a file of weights, as `load`; a wrapper (`{"state_dict": …}`) and `module.` are taken off.
 
-    path: local or an address (`https://`, `gs://`, …), which is fetched once into the cache. Tensors may be mapped from
-    the file: copy them before the file changes. A wrapper (`{"state_dict": …}`) and the prefix `module.` are taken off.
+    Tensors may be mapped from the file: copy them before the file changes.
+    """
+    return _state_of(load(path, mmap=True), path)
+
+
+def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """What a `.pt` (zip or older format, `weights_only`) or `.safetensors` file holds, as it is.
+
+    path: local or an address (`https://`, `gs://`, …), which is fetched once into the cache. map_location: as
+    torch.load's; of a `.safetensors` file a device. mmap: leave a `.pt` file's tensors on disk until they are used.
     A ValueError says in one sentence what is wrong.
     """
     file = local_path(path)
@@ -44,24 +52,26 @@ def load_state_dict(path: str) -> StateDict:
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
     if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
         raise ValueError(f"{path}: a web page, not a checkpoint; its download failed")
-    return _state_of(_load_safetensors(file) if path.endswith(".safetensors") else read_pt(file), path)
+    return _load_safetensors(file, map_location) if path.endswith(".safetensors") else read_pt(file, map_location, mmap)
 
 
-def _load_safetensors(file: Path) -> StateDict:
+def _load_safetensors(file: Path, device: torch.device | str) -> StateDict:
     try:
-        return load_file(file)
+        return load_file(file, str(device))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a safetensors file ({error})") from None
 
 
-def read_pt(file: Path) -> Any:
+def read_pt(file: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
     """What a `.pt` file of tensors and plain values holds, maybe mapped from it; a ValueError if it holds more."""
     try:
         is_zip = zipfile.is_zipfile(file)
         damaged = is_zip and zipfile.ZipFile(file).testzip()
         if not damaged:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(file, map_location, weights_only=True, mmap=mmap and is_zip)
     except Exception as error:
+        if "map_location" in str(error):  # the device that was asked for is not there
+            raise
         # torch.load reports foreign, truncated and hostile files by many types; all mean the same to the user.
         hint = "it holds more than tensors" if "weights_only" in str(error) else "truncated, or another format"
         raise ValueError(f"{file}: not a checkpoint of tensors ({hint})") from None

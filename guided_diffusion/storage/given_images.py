@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..settings.options import exit_on_bad_input
 from .files import read_arrays
-from .images import check_images, class_names, classes_of, fitted, list_image_files, read_picture, scaled
+from .images import check_images, class_indices, class_names, fitted, list_image_files, read_picture, scaled
 
 
 def read_npz(
@@ -61,13 +61,13 @@ class GivenImages:
         if num_classes is None:
             return
         if self.files:
-            names = class_names(self.files, flag)
-            if len(names) != num_classes:
+            count = len(class_names(self.files, flag))
+            if count != num_classes:
                 raise ValueError(
-                    f"{flag}: {path}: wanted pictures of all {num_classes} classes of the network, got {len(names)}; "
+                    f"{flag}: {path}: wanted pictures of all {num_classes} classes of the network, got {count}; "
                     "give an npz with arr_1, labels"
                 )
-            self.labels = np.array(classes_of(self.files, names))
+            self.labels = np.array(class_indices(self.files))
         elif not (len(self.labels) == len(self) and 0 <= self.labels.min() <= self.labels.max() < num_classes):
             raise ValueError(f"{flag}: {path}: arr_1: wanted one label from 0 to {num_classes - 1} for each image")
 

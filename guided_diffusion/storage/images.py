@@ -1,6 +1,7 @@
 """Folders of pictures, with upstream's class labels from file names (`label_name.png`), and their crops."""
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,17 @@ BAD_FILES_NAMED = 5
 
 
 def list_image_files(data_dir: str, flag: str = "data_dir") -> list[Path]:
-    """All image files below data_dir, sorted; a ValueError, which names the flag, if there is none."""
+    """All image files below data_dir and the folders that links lead to, sorted.
+
+    A ValueError, which names the flag, if there is none.
+    """
     if not data_dir:
         raise ValueError(f"{flag}: give a folder of images")
     if not Path(data_dir).is_dir():
         raise ValueError(f"{flag}: no such folder {data_dir!r}")
-    files = sorted(path for path in Path(data_dir).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    walk = os.walk(data_dir, followlinks=True)
+    paths = (Path(folder, name) for folder, folders, names in walk for name in (*folders, *names))
+    files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{flag}: no image file below {data_dir!r}")
     return files
@@ -55,13 +61,13 @@ def class_names(files: list[Path], flag: str = "data_dir") -> list[str]:
     return sorted({_label(path) for path in files})
 
 
-def classes_of(files: list[Path], names: list[str]) -> list[int]:
-    """The class of every file, as its place in `class_names`."""
-    index = {name: i for i, name in enumerate(names)}
+def class_indices(files: list[Path]) -> list[int]:
+    """The class of every file, by its place in `class_names`."""
+    index = {name: i for i, name in enumerate(class_names(files))}
     return [index[_label(path)] for path in files]
 
 
-def _shrink(image: Image.Image, smaller_side: int) -> Image.Image:
+def shrink(image: Image.Image, smaller_side: int) -> Image.Image:
     """Scale so that the smaller side has this many pixels: halving by boxes while it can, then bicubic."""
     while min(image.size) >= 2 * smaller_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -74,7 +80,7 @@ def _shrink(image: Image.Image, smaller_side: int) -> Image.Image:
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The middle square of the image at size × size pixels."""
-    image = _shrink(image, size)
+    image = shrink(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -88,7 +94,7 @@ def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def random_crop(image: Image.Image, size: int, chance: np.random.Generator, min_fraction: float = 0.8) -> Image.Image:
     """A square at a random place whose side is min_fraction to 1 of the image's smaller side."""
-    image = _shrink(image, int(chance.integers(size, math.ceil(size / min_fraction), endpoint=True)))
+    image = shrink(image, int(chance.integers(size, math.ceil(size / min_fraction), endpoint=True)))
     left, top = (int(chance.integers(side - size, endpoint=True)) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
@@ -141,7 +147,7 @@ class ImageFolder:
     def __init__(self, data_dir: str, image_size: int, class_cond: bool):
         self.files = list_image_files(data_dir)
         self.class_names = class_names(self.files) if class_cond else []
-        self.labels = classes_of(self.files, self.class_names) if class_cond else [0] * len(self.files)
+        self.labels = class_indices(self.files) if class_cond else [0] * len(self.files)
         self.image_size = image_size
 
     def __len__(self) -> int:

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,10 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..runs.ranks import Job, new_key
-
-TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for rank 0, which alone saves, validates and samples."""
+from ..runs.ranks import Job, new_key, start_process_group
 
 
 class Ranks:
@@ -23,16 +19,8 @@ class Ranks:
     def __init__(self, job: Job, device: torch.device):
         self._job, self._device = job, device
         self._key = new_key("training")
-        if self._job.size > 1 and not dist.is_initialized():
-            # NCCL refuses two ranks on one GPU.
-            own_gpu = device.type == "cuda" and job.local_size <= torch.cuda.device_count()
-            dist.init_process_group(
-                "nccl" if own_gpu else "gloo",
-                store=dist.PrefixStore(self._key, job.store),
-                rank=job.rank,
-                world_size=job.size,
-                timeout=TIMEOUT,
-            )
+        if self._job.size > 1:
+            start_process_group(job, device, self._key)
 
     def share(self, network: nn.Module) -> nn.Module:
         """The network with rank 0's weights whose gradients are means over all ranks."""

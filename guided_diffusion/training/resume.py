@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import blobfile as bf
 from torch import optim
 
 from ..storage.checkpoints import read_pt
@@ -26,9 +27,11 @@ def step_of(path: str) -> int:
 
 
 def beside(path: str, name: str) -> str:
-    """The file of this name in the folder of `path`, empty if there is none."""
-    other = Path(path).parent / name
-    return str(other) if other.is_file() else ""
+    """The file of this name in the folder of `path`, empty if there is none; of web servers none is known."""
+    if path.startswith(("https://", "http://")):
+        return ""
+    other = bf.join(bf.dirname(path), name)
+    return other if bf.exists(other) else ""
 
 
 def read_optimizer(optimizer: optim.Optimizer, path: str) -> bool:

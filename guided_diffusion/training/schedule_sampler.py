@@ -30,17 +30,22 @@ class LossSecondMomentSampler:
     HISTORY = 10
     UNIFORM_SHARE = 0.001
 
-    def __init__(self, num_timesteps: int):
-        self.num_timesteps = num_timesteps
-        self.losses = torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64)
+    def __init__(self, num_timesteps: int, history: int = HISTORY, uniform_share: float = UNIFORM_SHARE):
+        self.num_timesteps, self.uniform_share = num_timesteps, uniform_share
+        self.losses = torch.zeros(num_timesteps, history, dtype=torch.float64)
         self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    @property
+    def warmed_up(self) -> bool:
+        """Whether every step has its history."""
+        return bool((self.counts >= self.losses.shape[1]).all())
 
     def probabilities(self) -> Tensor:
         """[T] float64, uniform until every step has its history."""
-        if (self.counts < self.HISTORY).any():
+        if not self.warmed_up:
             return torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
         weights = self.losses.square().mean(dim=1).sqrt()
-        return (1 - self.UNIFORM_SHARE) * weights / weights.sum() + self.UNIFORM_SHARE / self.num_timesteps
+        return (1 - self.uniform_share) * weights / weights.sum() + self.uniform_share / self.num_timesteps
 
     def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Steps [N] int64 of uniform numbers [N], and the weights [N] that keep the expected loss the same."""
@@ -51,7 +56,7 @@ class LossSecondMomentSampler:
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remember the losses [N] of steps [N], those of all ranks, so that all keep the same history."""
         for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
-            self.losses[step, self.counts[step] % self.HISTORY] = loss
+            self.losses[step, self.counts[step] % self.losses.shape[1]] = loss
             self.counts[step] += 1
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -77,7 +77,8 @@ def test_parameters_are_those_of_rank_0(tmp_path):
     code = """
         import torch
         from guided_diffusion import dist_util
-        job = dist_util.setup_dist()
+        dist_util.setup_dist()
+        job = dist_util.job()
         torch.manual_seed(job.rank)
         layer = torch.nn.Linear(3, 2)
         dist_util.sync_params(layer.parameters())
