@@ -64,9 +64,6 @@ class _OwnProcess:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._diffusion.process, name)
 
-    def network_timesteps(self, t: Tensor) -> Tensor:
-        return self._diffusion._scale_timesteps(t)
-
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return self._diffusion.q_sample(x0, t, noise=noise)
 
@@ -153,11 +150,17 @@ class GaussianDiffusion(Diffusion):
     def _network(
         self,
         model: Callable[..., Tensor],
+        t: Tensor,
         clip_denoised: bool,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> NetworkDenoiser:
+        """A denoiser of the steps t [N], which tells `model` what `_scale_timesteps` makes of them."""
+
+        def network(x: Tensor, _timesteps: Tensor, **condition: Any) -> Tensor:
+            return model(x, self._scale_timesteps(t), **condition)
+
         process: Any = _OwnProcess(self)
-        return NetworkDenoiser(model, process, self.model_mean_type, self.model_var_type, clip_denoised, denoised_fn)
+        return NetworkDenoiser(network, process, self.model_mean_type, self.model_var_type, clip_denoised, denoised_fn)
 
     def _belief(
         self, out: Result, x: Tensor, t: Tensor, condition: Mapping[str, Any] | None, clip_denoised: bool
@@ -246,7 +249,7 @@ class GaussianDiffusion(Diffusion):
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> Result:
         """`mean`, `variance`, `log_variance` of p(x_{t−1} | x_t) and `pred_xstart`, all of x's shape."""
-        return _MeanVariance(self._network(model, clip_denoised, denoised_fn)(x, t, model_kwargs or {}))
+        return _MeanVariance(self._network(model, t, clip_denoised, denoised_fn)(x, t, model_kwargs or {}))
 
     def condition_mean(
         self,
@@ -596,12 +599,14 @@ class GaussianDiffusion(Diffusion):
         condition = model_kwargs or {}
         noise = torch.randn_like(x_start) if noise is None else noise
 
+        denoiser = self._network(model, t, clip_denoised=False)
+
         def bound(network: Callable[..., Tensor], x_t: Tensor) -> Tensor:
+            own = model if network is denoiser.network else network
             return self._vb_terms_bpd(
-                model=network, x_start=x_start, x_t=x_t, t=t, clip_denoised=False, model_kwargs=condition
+                model=own, x_start=x_start, x_t=x_t, t=t, clip_denoised=False, model_kwargs=condition
             )["output"]
 
-        denoiser = self._network(model, clip_denoised=False)
         return losses.training_losses(denoiser, self.loss_type, x_start, t, condition, noise, bound)
 
     def calc_bpd_loop(
