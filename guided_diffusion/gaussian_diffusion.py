@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .diffusion import losses, samplers
@@ -124,6 +124,8 @@ class GaussianDiffusion(Diffusion):
         super().__init__(process, model_mean_type, model_var_type, loss_type)
         self.guided_block: dict[str, Any] = {}
         """`sel_attn_block` and `sel_attn_depth`, for `guidance_kwargs`."""
+        self.guided_network: nn.Module | None = None
+        """The network that has this block, where a loop is given a function that calls it."""
 
     def __getattr__(self, name: str) -> Any:
         if name in TABLES and "process" in self.__dict__:
@@ -484,6 +486,7 @@ class GaussianDiffusion(Diffusion):
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
         progress: bool = False,
         *,
         guidance: Guidances = None,
@@ -491,7 +494,8 @@ class GaussianDiffusion(Diffusion):
     ) -> Tensor:
         """The noise x_T that DDIM's deterministic path leads to from `image`, [N, C, H, W] in [−1, 1].
 
-        skip_timesteps: leave out so many of the last steps, for a loop that leaves out the same of the first.
+        device: default the image's. skip_timesteps: leave out so many of the last steps, for a loop that leaves out the
+        same of the first.
         """
         step = partial(
             self.ddim_reverse_sample,
@@ -502,12 +506,13 @@ class GaussianDiffusion(Diffusion):
         )
         steps = range(self.num_timesteps - skip_timesteps)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
-        return _last(self._steps(step, image, steps, denoiser, guidance, None, progress))
+        return _last(self._steps(step, image.to(device), steps, denoiser, guidance, None, progress))
 
     def _authors_guidance(self, model: Any, guidance_kwargs: Mapping[str, Any]) -> Guidance:
         settings = {"fidelity": "reference"} | self.guided_block | dict(guidance_kwargs)
         [config] = merge((GuidanceConfig,), ("guidance_kwargs", settings))
-        return build_guidance(model, config)
+        is_network = isinstance(model, nn.Module) or self.guided_network is None
+        return build_guidance(model if is_network else self.guided_network, config)
 
     def _start(
         self,

@@ -119,6 +119,8 @@ def create_model_and_diffusion(
     )
     diffusion = create_gaussian_diffusion(steps=diffusion_steps, **{name: given[name] for name in OF_DIFFUSION})
     diffusion.guided_block = _given(sel_attn_block=sel_attn_block, sel_attn_depth=sel_attn_depth)
+    if diffusion.guided_block:
+        diffusion.guided_network = model
     return model, diffusion
 
 

@@ -303,7 +303,9 @@ def test_inversion_comes_back_better_with_more_steps():
             return x * (1 - alpha_bar).sqrt() / (alpha_bar * v + 1 - alpha_bar)
 
         skip = steps // 10
-        x = diffusion.ddim_reverse_sample_loop(network, image, clip_denoised=False, skip_timesteps=skip)
+        x = diffusion.ddim_reverse_sample_loop(
+            network, image, clip_denoised=False, device=image.device, skip_timesteps=skip
+        )
         steps_back = range(steps - 1 - skip, -1, -1)
         for number in steps_back:
             x = diffusion.ddim_sample(network, x, torch.tensor([number]), clip_denoised=False)["sample"]
@@ -315,7 +317,7 @@ def test_inversion_comes_back_better_with_more_steps():
 def test_the_authors_guidance_kwargs(model):
     """`sel_attn_…` of the network's builder and `guidance_kwargs` of the loops are the authors' guidance."""
     flags = FLAGS | {"sel_attn_block": "output", "sel_attn_depth": 1}
-    _, diffusion = script_util.create_model_and_diffusion(**flags)
+    own, diffusion = script_util.create_model_and_diffusion(**flags)
     kwargs = {"guide_start": 3, "guide_scale": 1.5, "blur_sigma": 2}
     guidance = script_util.create_guidance(
         model, sel_attn_block="output", sel_attn_depth=1, fidelity="reference", **kwargs
@@ -323,3 +325,7 @@ def test_the_authors_guidance_kwargs(model):
     theirs = sampled(diffusion, model, guidance_kwargs=kwargs)
     assert torch.equal(theirs, sampled(diffusion, model, guidance=guidance))
     assert not torch.equal(theirs, sampled(diffusion, model))
+
+    own.load_state_dict(model.state_dict())
+    by_function = sampled(diffusion, lambda x, t, y=None: own.eval()(x, t), guidance_kwargs=kwargs)
+    assert torch.equal(theirs, by_function)
