@@ -1,7 +1,7 @@
 """What guided-diffusion's eight scripts do, by the names of its modules alone.
 
-`python client.py FOLDER` does it on every rank that it is started on: FOLDER has pictures/, and network.pt, classifier.pt
-and upsampler.pt of the flags below; a folder for each script is written beside them.
+`python client.py FOLDER` does it on every rank that it is started on: FOLDER has pictures/, and network.pt,
+classifier.pt and upsampler.pt of the flags below; a folder for each script is written beside them.
 """
 
 import argparse

@@ -327,5 +327,5 @@ def test_the_authors_guidance_kwargs(model):
     assert not torch.equal(theirs, sampled(diffusion, model))
 
     own.load_state_dict(model.state_dict())
-    by_function = sampled(diffusion, lambda x, t, y=None: own.eval()(x, t), guidance_kwargs=kwargs)
+    by_function = sampled(diffusion, lambda x, t, y=None: own.eval()(x, t), guidance_kwargs=kwargs, device="cpu")
     assert torch.equal(theirs, by_function)
