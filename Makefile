@@ -6,15 +6,19 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test
-demo: .venv/installed
+demo: .venv/demo
 	$(BIN)/python scripts/demo.py
 
-test: .venv/installed
+test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.venv/installed: pyproject.toml constraints.txt setup.py
+.venv/demo: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e .
+	touch $@
+
+.venv/test: .venv/demo
 	$(BIN)/pip install -c constraints.txt -e '.[mpi,test,report,stable-diffusion]'
 	touch $@

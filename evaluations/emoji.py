@@ -1,4 +1,4 @@
-"""Features for 32×32 emoji: a small network trained for this project (configs/models/emoji_features.md)."""
+"""Features for 32×32 emoji: a small network trained for this project (emoji_features.md)."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from evaluations.networks import FeatureNetwork, Features, load_weights
 
-WEIGHTS = Path(__file__).parent.parent / "configs" / "models" / "emoji_features.safetensors"
+WEIGHTS = Path(__file__).parent / "emoji_features.safetensors"
 WIDTHS = (32, 64, 96, 128)
 
 

@@ -98,7 +98,8 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def main(ranks: Ranks) -> None:
+def judge_and_tell(ranks: Ranks) -> None:
+    """Evaluate what the command line says; rank 0 prints the table."""
     args = vars(arguments())
     path = args.pop("json")
     metrics = args.pop("metrics")
@@ -109,5 +110,9 @@ def main(ranks: Ranks) -> None:
         print(table(result))
 
 
+def main() -> None:
+    run(judge_and_tell)
+
+
 if __name__ == "__main__":
-    run(main)
+    main()

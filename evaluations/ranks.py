@@ -121,7 +121,7 @@ def _start_mpi() -> Ranks:
     except (ImportError, RuntimeError) as error:
         raise BadInputError(
             f"started by an MPI launcher with {launched or 'several'} ranks, but MPI cannot be loaded "
-            f"({' '.join(str(error).split())}); pip install '.[mpi]', or mpi4py built for the cluster's MPI"
+            f"({' '.join(str(error).split())}); pip install mpi4py mpich, or mpi4py built for the cluster's MPI"
         ) from None
     if launched and launched != ranks.size:
         raise BadInputError(

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._authors import guidances_of
 from .diffusion import losses, samplers
 from .diffusion.denoiser import Denoiser, ModelMeanType, ModelVarType, NetworkDenoiser, Prediction
 from .diffusion.diffusion import Diffusion
 from .diffusion.losses import LossType, discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .diffusion.process import ForwardProcess, betas_for_alpha_bar, get_named_beta_schedule
 from .guidance.base import Guidance, GuidedDenoiser
-from .guidance.building import build_guidance
-from .settings.guidance import GuidanceConfig
-from .settings.options import merge
 
 __all__ = [
     "GaussianDiffusion",
@@ -397,7 +395,7 @@ class GaussianDiffusion(Diffusion):
         shape: of x_T. device: default the model's. progress: show a bar. step_noise: the noise of a step, by number.
         skip_timesteps: leave out so many of the first steps, and begin with `init_image` [N, C, H, W] in [−1, 1]
         (default: zeros) under the noise of the first that is made (SDEdit, Meng et al. 2022). guidance_kwargs: instead
-        of `guidance`, the SAG authors' guide_start, guide_scale and blur_sigma, of which guidance is made as they do.
+        of `guidance`, SAG's authors' guide_start, guide_scale and blur_sigma, or PAG's authors' guidance_strategies.
         """
         if guidance_kwargs is not None:
             guidance = self._authors_guidance(model, guidance_kwargs)
@@ -508,11 +506,10 @@ class GaussianDiffusion(Diffusion):
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         return _last(self._steps(step, image.to(device), steps, denoiser, guidance, None, progress))
 
-    def _authors_guidance(self, model: Any, guidance_kwargs: Mapping[str, Any]) -> Guidance:
-        settings = {"fidelity": "reference"} | self.guided_block | dict(guidance_kwargs)
-        [config] = merge((GuidanceConfig,), ("guidance_kwargs", settings))
+    def _authors_guidance(self, model: Any, guidance_kwargs: Mapping[str, Any]) -> list[Guidance]:
         is_network = isinstance(model, nn.Module) or self.guided_network is None
-        return build_guidance(model if is_network else self.guided_network, config)
+        network = model if is_network else self.guided_network
+        return guidances_of(guidance_kwargs, network, self.guided_block, self.num_timesteps)
 
     def _start(
         self,

@@ -5,12 +5,12 @@ content (--data_dir) and measures which frequencies and, with --object_masks, wh
 --out_dir (default runs/attention): report.html (one page to look through steps, blocks and ψ), report.md,
 attention.json, and for each sample strips/NUMBER.png and animations/NUMBER.webp. The embedded model:
 
-  python scripts/attention_report.py --config configs/emoji.yaml --data_dir configs/models/emoji32_train.npz \\
+  python scripts/attention_report.py --config emoji --data_dir configs/models/emoji32_train.npz \\
       --object_masks configs/models/emoji32_masks.npz --known_images 371
 
 A model of yours, to choose --sag_block and --blur_sigma by:
 
-  python scripts/attention_report.py --config configs/adm_imagenet128_cond.yaml --num_samples 8 --data_dir PICTURES
+  python scripts/attention_report.py --config adm_imagenet128_cond --num_samples 8 --data_dir PICTURES
 
 Without --data_dir the known images are the samples of the run. Stable Diffusion, whose flags --help then lists:
 
@@ -26,13 +26,13 @@ from ..runs.prepare import IMAGE_GROUPS, Configs
 from ..runs.ranks import command, start
 from ..settings.analysis import ReportConfig
 from ..settings.options import exit_on_bad_input, parse_args
-from ..settings.stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
+from ..settings.scripts import SCRIPTS
 
 
 @command
 def main() -> None:
     latent = any(argument.partition("=")[0] == "--model" for argument in sys.argv[1:])
-    groups = (StableDiffusionConfig, LatentGuidanceConfig) if latent else IMAGE_GROUPS
+    groups = SCRIPTS["stable_diffusion_sample"].groups if latent else IMAGE_GROUPS
     config, *run_configs = parse_args(__doc__, (ReportConfig, *groups))
     device = start().device
     with exit_on_bad_input():

@@ -43,19 +43,18 @@ from ..runs.ranks import command, start
 from ..runs.sample_store import SampleStore, Shard
 from ..runs.timing import in_turns, medians, peak_bytes, seconds
 from ..settings.options import parse_args
-from ..settings.shipped import shipped
 from ..storage import pictures
 
 import torch  # isort: skip (after evaluations, which sets how its threads wait)
 
-EMBEDDED = ["--config", str(shipped("emoji.yaml")), "--batch_size", "16", "--timestep_respacing", "100"]
+EMBEDDED = ["--config", "emoji", "--batch_size", "16", "--timestep_respacing", "100"]
 FAST = ["--sampler", "unipc", "--timestep_respacing", "logsnr12"]
-CLASSIFIER = ["--config", str(shipped("emoji_classifier.yaml"))]
+CLASSIFIER = ["--config", "emoji_classifier"]
 ADM64 = shlex.split(
     "--model_path none --image_size 64 --num_channels 96 --num_res_blocks 2 --attention_resolutions 32,16,8 "
     "--num_head_channels 48 --resblock_updown True --use_new_attention_order True --learn_sigma True --batch_size 4"
 )
-ADM256 = ["--config", str(shipped("adm_imagenet256_uncond.yaml")), "--batch_size", "16"]
+ADM256 = ["--config", "adm_imagenet256_uncond", "--batch_size", "16"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Like image_sample.py, with a noisy-image classifier: it pulls every sample to its class. For example, ADM 128²:
 
-  python scripts/classifier_sample.py --config configs/adm_imagenet128_cond.yaml --config configs/adm_classifier128.yaml
+  python scripts/classifier_sample.py --config adm_imagenet128_cond --config adm_classifier128
 """
 
 from ..runs.prepare import CLASSIFIER_GROUPS, Configs, image_run

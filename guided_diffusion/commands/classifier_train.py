@@ -9,22 +9,20 @@ command goes on where it stopped. Several ranks: mpiexec or torchrun, as for ima
 """
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
 from ..diffusion.diffusion import build_diffusion
 from ..networks.building import build_classifier
 from ..runs.ranks import Job, command, start
-from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
-from ..settings.training import ClassifierTrainingConfig
+from ..settings.scripts import SCRIPTS
 from ..storage.files import write_atomically
 from ..storage.images import ImageFolder
 from ..training.classifier import ClassifierLoop, accuracy_by_noise
 from ..training.run import batches_of, classes_of, run, write_description
 
-OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
 NOISE_LEVELS = 10
 DRAWS = 4
 IMAGES_AT_A_TIME = 256
@@ -60,8 +58,8 @@ def report(loop: ClassifierLoop, folders: list[str], image_size: int) -> None:
 
 @command
 def main() -> None:
-    groups = (ClassifierTrainingConfig, ClassifierConfig, NetworkConfig, DiffusionConfig)
-    configs = parse_args(__doc__, groups, without=OF_OTHER_NETWORKS)
+    groups, without = SCRIPTS["classifier_train"]
+    configs = parse_args(__doc__, groups, without=without)
     training, classifier_config, network_config, diffusion_config = configs
     image_size, num_classes = network_config.image_size, network_config.num_classes
     job = start()

@@ -1,6 +1,6 @@
 """Self-attention guidance in five minutes: the embedded model, the same noise, without and with guidance.
 
-Settings come from configs/emoji.yaml, then flags. Writes to runs/demo: comparison.png (unguided | attention mask |
+Settings come from --config emoji, then flags. Writes to runs/demo: comparison.png (unguided | attention mask |
 guided), the folders unguided and guided with all samples, and summary.txt with their distances to the training
 pictures. All flags of image_sample.py work here too:
 
@@ -14,13 +14,12 @@ from ..runs.prepare import IMAGE_GROUPS, Configs, image_run
 from ..runs.ranks import Job, command
 from ..settings.guidance import OtherGuidanceConfig
 from ..settings.options import exit_on_bad_input, parse_args
-from ..settings.shipped import shipped
 from ..tables.comparison import compare
 
 
 @command
 def main() -> None:
-    configs = Configs.of(parse_args(__doc__, IMAGE_GROUPS, default_config=str(shipped("emoji.yaml"))))
+    configs = Configs.of(parse_args(__doc__, IMAGE_GROUPS, default_config="emoji"))
     sampling, sag = configs.sampling, configs.sag
     job = Job()
     folder = Path(sampling.out_dir or "runs/demo")

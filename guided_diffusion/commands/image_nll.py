@@ -7,7 +7,7 @@ names (label_name.png) in sorted order, as in training. Writes nll.json and term
 
   python scripts/image_nll.py --config runs/emoji/config.yaml --model_path runs/emoji/ema_0.9999_001000.pt \\
       --data_dir data/emoji32/held_out --batch_size 16
-  mpiexec -n 8 python scripts/image_nll.py --config configs/iddpm_cifar10.yaml --timestep_respacing "" \\
+  mpiexec -n 8 python scripts/image_nll.py --config iddpm_cifar10 --timestep_respacing "" \\
       --data_dir PICTURES --batch_size 64
 """
 
@@ -17,20 +17,14 @@ from ..diffusion.diffusion import build_diffusion
 from ..networks.building import build_network, fill, make_ready, unfilled
 from ..runs.likelihood import measure
 from ..runs.ranks import command, start
-from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
-from ..settings.model import DiffusionConfig, NetworkConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
-from ..settings.sampling import LikelihoodConfig, SamplingConfig
+from ..settings.scripts import SCRIPTS
 from ..storage.images import ImageFolder
 
 
 @command
 def main() -> None:
-    configs = parse_args(
-        __doc__,
-        (LikelihoodConfig, NetworkConfig, DiffusionConfig),
-        unread=(SamplingConfig, GuidanceConfig, OtherGuidanceConfig),
-    )
+    configs = parse_args(__doc__, SCRIPTS["image_nll"].groups, unread=SCRIPTS["image_sample"].groups)
     likelihood, network_config, diffusion_config = configs
     job = start()
     with exit_on_bad_input():

@@ -3,7 +3,7 @@
 Settings come from defaults, then --config, then flags. Writes samples_NxHxWx3.npz, grid.png, config.yaml and
 manifest.json. The embedded model, guided:
 
-  python scripts/image_sample.py --config configs/emoji.yaml --num_samples 16 --sag_scale 1.0
+  python scripts/image_sample.py --config emoji --num_samples 16 --sag_scale 1.0
 """
 
 from ..runs.prepare import IMAGE_GROUPS, Configs, image_run

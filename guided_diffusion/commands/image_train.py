@@ -14,15 +14,14 @@ import torch
 
 from ..networks.building import build_network
 from ..runs.ranks import command, start
-from ..settings.model import DiffusionConfig, NetworkConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
-from ..settings.training import TrainingConfig
+from ..settings.scripts import SCRIPTS
 from ..training.run import SAMPLES, batches_of, classes_of, train_diffusion
 
 
 @command
 def main() -> None:
-    configs = parse_args(__doc__, (TrainingConfig, NetworkConfig, DiffusionConfig))
+    configs = parse_args(__doc__, SCRIPTS["image_train"].groups)
     training, network_config, diffusion_config = configs
     job = start()
     with exit_on_bad_input():

@@ -1,6 +1,6 @@
 """Sample images with Stable Diffusion 1.x, 2.x or SDXL, guided by prompts, by its own attention, or by both.
 
-Needs the extra, pip install '.[stable-diffusion]', and a model in a local folder of diffusers' format: nothing is
+Needs the extra `stable-diffusion` and a model in a local folder of diffusers' format: nothing is
 fetched. Writes samples_NxHxWx3.npz, images/ (PNGs), comparison.png (unguided | attention mask | guided), config.yaml
 and manifest.json:
 
@@ -16,7 +16,7 @@ import torch
 from ..runs.ranks import command, start
 from ..runs.run import run
 from ..settings.options import exit_on_bad_input, parse_args, resolved
-from ..settings.stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
+from ..settings.scripts import SCRIPTS
 from ..stable_diffusion.model import load
 from ..stable_diffusion.sampling import LatentPipeline, build_latent_guidance, read_prompts
 from ..storage import pictures
@@ -25,7 +25,7 @@ from ..storage.files import join
 
 @command
 def main() -> None:
-    config, guidance_config = configs = parse_args(__doc__, (StableDiffusionConfig, LatentGuidanceConfig))
+    config, guidance_config = configs = parse_args(__doc__, SCRIPTS["stable_diffusion_sample"].groups)
     job = start()
     with exit_on_bad_input():
         prompts = read_prompts(config)

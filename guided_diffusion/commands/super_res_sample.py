@@ -3,7 +3,7 @@
 Sample i is made of image i of --base_samples (an npz of image_sample.py or classifier_sample.py: arr_0 images, arr_1
 labels), which are used round and round. Writes samples_NxHxWx3.npz, grid.png, config.yaml and manifest.json:
 
-  python scripts/super_res_sample.py --config configs/adm_upsampler_64_256.yaml --base_samples 64_samples.npz
+  python scripts/super_res_sample.py --config adm_upsampler_64_256 --base_samples 64_samples.npz
 """
 
 from ..diffusion.diffusion import build_diffusion
@@ -12,20 +12,17 @@ from ..runs.conditions import base_condition
 from ..runs.pipeline import ImagePipeline
 from ..runs.ranks import command, start
 from ..runs.run import run
-from ..settings.model import OF_OTHER_SIZES, DiffusionConfig, NetworkConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
-from ..settings.sampling import SamplingConfig, UpsamplingConfig
-
-NOT_HERE = (*OF_OTHER_SIZES, "labels", "balanced_labels")
+from ..settings.scripts import SCRIPTS
 
 
 @command
 def main() -> None:
-    groups = (SamplingConfig, UpsamplingConfig, NetworkConfig, DiffusionConfig)
-    configs = parse_args(__doc__, groups, without=NOT_HERE)
+    groups, without = SCRIPTS["super_res_sample"]
+    configs = parse_args(__doc__, groups, without=without)
     job = start()
     sampling, sizes, network_config, diffusion_config = configs
-    settings = {key: value for key, value in resolved(*configs).items() if key not in NOT_HERE}
+    settings = {key: value for key, value in resolved(*configs).items() if key not in without}
     with exit_on_bad_input():
         if not sizes.base_samples:
             raise ValueError("base_samples: give the npz of the images to begin with")

@@ -13,8 +13,9 @@ import torch
 
 from ..networks.building import build_upsampler
 from ..runs.ranks import command, start
-from ..settings.model import OF_OTHER_SIZES, DiffusionConfig, NetworkConfig, SuperResolutionConfig
+from ..settings.model import SuperResolutionConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
+from ..settings.scripts import SCRIPTS
 from ..settings.training import TrainingConfig
 from ..training.data import load_data, with_low_res
 from ..training.run import SAMPLES, batches_of, classes_of, train_diffusion
@@ -35,8 +36,8 @@ def first_images(training: TrainingConfig, sizes: SuperResolutionConfig, class_c
 
 @command
 def main() -> None:
-    groups = (TrainingConfig, SuperResolutionConfig, NetworkConfig, DiffusionConfig)
-    training, sizes, network_config, diffusion_config = parse_args(__doc__, groups, without=OF_OTHER_SIZES)
+    groups, without = SCRIPTS["super_res_train"]
+    training, sizes, network_config, diffusion_config = parse_args(__doc__, groups, without=without)
     class_cond = network_config.class_cond
     job = start()
     with exit_on_bad_input():
@@ -50,7 +51,7 @@ def main() -> None:
         network,
         lambda step: with_low_res(batches(step), sizes.small_size),
         (training, replace(network_config, image_size=sizes.large_size), diffusion_config),
-        {key: settings[key] for key in settings if key not in OF_OTHER_SIZES},
+        {key: settings[key] for key in settings if key not in without},
         classes,
         condition,
         job,

@@ -1,4 +1,4 @@
-"""Train the small network whose features compare 32×32 emoji (configs/models/emoji_features.md).
+"""Train the small network whose features compare 32×32 emoji (evaluations/emoji_features.md).
 
 It learns to tell every glyph of a folder from all others, mirrored and moved by up to 3 pixels, and to tell how much
 blur and how much noise was put on the picture: so its features know what is drawn and how well it is drawn.

@@ -19,6 +19,7 @@ from ..settings.guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherG
 from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
 from ..settings.options import configure, resolved
 from ..settings.sampling import SamplingConfig
+from ..settings.scripts import SCRIPTS
 from ..settings.shipped import shipped
 from ..storage.checkpoints import load_into
 from ..storage.files import join
@@ -26,16 +27,8 @@ from .conditions import Classes, unconditional
 from .pipeline import ImagePipeline
 from .ranks import Job
 
-IMAGE_GROUPS = (SamplingConfig, GuidanceConfig, OtherGuidanceConfig, NetworkConfig, DiffusionConfig)
-CLASSIFIER_GROUPS = (
-    SamplingConfig,
-    GuidanceConfig,
-    OtherGuidanceConfig,
-    ClassifierGuidanceConfig,
-    NetworkConfig,
-    DiffusionConfig,
-    ClassifierConfig,
-)
+IMAGE_GROUPS = SCRIPTS["image_sample"].groups
+CLASSIFIER_GROUPS = SCRIPTS["classifier_sample"].groups
 
 
 def load(*configs: str | Path, device: torch.device | str | None = None, **settings: Any) -> ImagePipeline:

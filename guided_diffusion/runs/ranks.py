@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..settings.options import BadInput
+from ..settings.shipped import how_to_install
 
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 """What mpiexec sets; without one of them MPI is not even loaded."""
@@ -175,7 +176,7 @@ def _start_mpi() -> Job:
     except (ImportError, RuntimeError) as error:
         raise BadInput(
             f"started by an MPI launcher with {launched or 'several'} ranks, but MPI cannot be loaded "
-            f"({' '.join(str(error).split())}); pip install '.[mpi]', or mpi4py built for the cluster's MPI"
+            f"({' '.join(str(error).split())}); {how_to_install('mpi')}, or mpi4py built for the cluster's MPI"
         ) from None
     comm = MPI.COMM_WORLD
     if launched and launched != comm.size:

@@ -7,12 +7,14 @@ import logging
 import os
 import types
 import typing
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import blobfile as bf
 import yaml
+
+from .shipped import shipped_yaml
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,11 @@ def numbers(key: str, text: str, kind: type) -> list[Any]:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The keys and values of a configuration file; a ValueError says what is wrong with it."""
+    """The keys and values of what --config names (`shipped_yaml`); a ValueError says what is wrong with it."""
+    try:
+        path = shipped_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"--config {error}") from None
     try:
         with bf.BlobFile(path, "r") as file:
             values = yaml.safe_load(file)
@@ -119,11 +125,21 @@ def _fields(groups: tuple[type, ...], without: Container[str] = ()) -> dict[str,
     return found
 
 
+def _hint(key: str, fields: Iterable[str], flag: str = "") -> str:
+    """What to say of an unknown key: whose it is, or which is near. flag: how keys begin that are typed as flags."""
+    from .scripts import whose  # its groups of settings are made with this module
+
+    if scripts := whose(key):
+        return f"; it is of {scripts}"
+    near = difflib.get_close_matches(key, fields, n=1)
+    return f"; did you mean {f'{flag}{near[0]}' if flag else repr(near[0])}?" if near else ""
+
+
 def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], without: Container[str] = ()) -> list[Any]:
     """An instance of every dataclass in `groups` from layers (source, {key: value}), the later one winning.
 
-    without: fields that are no keys here. A ValueError names the source and the key that is unknown, and the nearest
-    right one.
+    without: fields that are no keys here. A ValueError names the source and the key that is unknown, and whose it is or
+    the nearest right one.
     """
     fields = _fields(groups, without)
     values = {}
@@ -133,8 +149,7 @@ def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], with
                 values.pop(other, None)
         for key, value in layer.items():
             if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1)
-                raise ValueError(f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise ValueError(f"{source}: unknown key {key!r}{_hint(key, fields)}")
             field, kind = fields[key]
             words = field.metadata["words"]
             values[key] = words[value] if str(value) in words else parse_value(value, kind, f"{source}: {key}")
@@ -163,8 +178,8 @@ def parse_args(
         "--config",
         metavar="FILE",
         action="append",
-        help="YAML file of settings, one `flag: value` a line; a later file wins, and flags win over files"
-        + (f" (default: {default_config})" if default_config else ""),
+        help="YAML file of settings, one `flag: value` a line, or the name of one that comes with the package (emoji); "
+        "a later file wins, and flags win over files" + (f" (default: {default_config})" if default_config else ""),
     )
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
@@ -185,8 +200,7 @@ def parse_args(
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        near = difflib.get_close_matches(name, _fields(groups, without), n=1)
-        parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else ""))
+        parser.error(f"unknown flag {unknown[0]}{_hint(name, _fields(groups, without), '--')}")
     flags = vars(known)
     files = flags.pop("config", None) or ([default_config] if default_config else [])
     with exit_on_bad_input():
@@ -206,7 +220,7 @@ def configure(
         file: {key: value for key, value in read_yaml(file).items() if key in known_here or key not in elsewhere}
         for file in files
     }
-    layers = [(f"--config {file}", _from_folder(bf.dirname(file), read[file], groups)) for file in files]
+    layers = [(f"--config {file}", _from_folder(bf.dirname(shipped_yaml(file)), read[file], groups)) for file in files]
     configs = merge(groups, *layers, over, without=without)
     given = set(over[1]).union(*(layer for _, layer in layers))
     for config in configs:

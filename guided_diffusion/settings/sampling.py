@@ -71,7 +71,7 @@ class SamplingConfig(RunConfig):
         if not 0 <= self.ddim_eta <= 1:
             raise ValueError(f"ddim_eta: wanted 0 to 1, got {self.ddim_eta}")
         if not self.model_path:
-            raise ValueError("model_path: give the weights of the network, or --config configs/emoji.yaml to try")
+            raise ValueError("model_path: give the weights of the network, or --config emoji to try")
 
     @property
     def sampler_name(self) -> str:

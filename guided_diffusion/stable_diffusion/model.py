@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..settings.shipped import how_to_install
+
 COMPONENTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 """The parts that diffusers loads, and the one class of each that is understood."""
 
@@ -126,8 +128,7 @@ def load(
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"Stable Diffusion needs the extra `stable-diffusion` ({error}): pip install '.[stable-diffusion]' in this "
-            "repository"
+            f"Stable Diffusion needs the extra `stable-diffusion` ({error}): {how_to_install('stable-diffusion')}"
         ) from None
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()

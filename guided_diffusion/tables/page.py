@@ -10,6 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..settings.shipped import how_to_install
+
 TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -71,7 +73,7 @@ def _drawn(plot: Callable[[], Any]) -> Markup:
     try:
         figure = plot()
     except ImportError:
-        return Markup("<p class=\"note\">No curve here: it needs matplotlib, pip install '.[report]'.</p>")
+        return Markup('<p class="note">No curve here: it needs matplotlib, {}.</p>').format(how_to_install("report"))
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()

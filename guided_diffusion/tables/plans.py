@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..settings.options import read_yaml
-from ..settings.shipped import shipped
+from ..settings.shipped import shipped, shipped_yaml
 from ..storage.files import is_address
 
 TABLES = shipped("tables")
@@ -28,7 +28,7 @@ COSTS = ("memory_mb", "seconds", "relative_time")
 class Row:
     """One run of a plan.
 
-    config: names of files in configs/ or paths, the later one winning. settings: flags over them. published: metrics by
+    config: what --config takes, names or paths, the later one winning. settings: flags over them. published: metrics by
     name; None where the paper has the row but the number is not known. group: rows of one group stand together, and
     where they have an `x` (the parameter that varies) they make a curve. same_as: the row whose run this one is, too.
     missing: why the row cannot be run here.
@@ -71,9 +71,7 @@ class Row:
     @property
     def command(self) -> str:
         """What a user would type in the project's folder."""
-        root = f"{shipped().parent}/"
-        flags = [text.removeprefix(root) for text in self.arguments()]
-        return f"python scripts/{self.script}.py {shlex.join(flags)}"
+        return f"python scripts/{self.script}.py {shlex.join(self.arguments())}"
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Row":
         """The row with other flags."""
@@ -125,11 +123,12 @@ def _known(where: str, values: Mapping[str, Any], keys: set[str], needed: set[st
         raise ValueError(f"{where}: wanted a {key}, got none")
 
 
-def _config_path(name: str, where: str) -> str:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped(f"{name}.yaml")
-    if not path.is_file():
-        raise ValueError(f"{where}: config: no such file {path}")
-    return str(path)
+def _config(name: str, where: str) -> str:
+    try:
+        shipped_yaml(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: config: {error}") from None
+    return name
 
 
 def _reference(name: str) -> str:
@@ -165,7 +164,7 @@ def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
         raise ValueError(f"{where}: wanted a config, or missing: why there is none; got neither")
     return Row(
         name=name,
-        config=tuple(_config_path(item, where) for item in config),
+        config=tuple(_config(item, where) for item in config),
         settings={**defaults.get("set", {}), **settings},
         published=published,
         x=None if values.get("x") is None else float(_of_type(f"{where}: x", values["x"], (int, float), "a number")),
@@ -180,14 +179,9 @@ def _as(run: Row, row: Row) -> Row:
 
 def read_plan(path: str | Path) -> Plan:
     """The plan in a YAML file, or that of a name in configs/tables; a ValueError says what is wrong with it."""
-    path = Path(path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = TABLES / f"{path}.yaml"
+    path = Path(shipped_yaml(str(path), "tables", "plan"))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        there = ", ".join(sorted(file.stem for file in TABLES.glob("*.yaml")))
-        raise ValueError(f"{path}: no such plan; there are {there}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
     where = str(path)

@@ -3,6 +3,7 @@
 tests/data/door/numbers.npz holds what guided-diffusion (at 22e0df8) made of the same cases: float32, on a CPU.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 import golden
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion import script_util
-from guided_diffusion.guidance.base import Guidance
+from guided_diffusion.guidance.base import Guidance, Interval
+from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
+from guided_diffusion.networks.attention import find_block, replace_attention
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 FLAGS = {
@@ -329,3 +332,23 @@ def test_the_authors_guidance_kwargs(model):
     own.load_state_dict(model.state_dict())
     by_function = sampled(diffusion, lambda x, t, y=None: own.eval()(x, t), guidance_kwargs=kwargs, device="cpu")
     assert torch.equal(theirs, by_function)
+
+
+def test_the_pag_authors_guidance_strategies(model):
+    """Their network perturbs itself when it is told to; here it is the same as our guidance at the same steps."""
+    block = find_block(model, "middle_block.1")
+    diffusion = diffusion_of()
+
+    def perturbing(x, t, perturb=None):
+        assert perturb in (None, "attention_mask_identity")
+        with replace_attention(block, fn=lambda q, k, v: v) if perturb else nullcontext():
+            return model(x, t)
+
+    kwargs = {"guide_scale": 1.8, "guide_schedule": None, "blur_sigma": 3}
+    kwargs["guidance_strategies"] = {"attention_mask_identity": [3, 1]}
+    guidance = PerturbedAttentionGuidance(scale=0.8, blocks=(block,), interval=Interval(0.2, 0.8))
+    theirs = sampled(diffusion, perturbing, guidance_kwargs=kwargs, device="cpu")
+    torch.testing.assert_close(theirs, sampled(diffusion, model, guidance=guidance), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(theirs, sampled(diffusion, model))
+    with pytest.raises(ValueError, match="guidance_kwargs: drop_rate: wanted guide_start, guide_scale, blur_sigma"):
+        diffusion.p_sample_loop(model, SHAPE, guidance_kwargs={"drop_rate": 1})

@@ -10,18 +10,22 @@ import pytest
 from guided_diffusion import logger
 from running import environment
 
+LAUNCHERS = {
+    "torchrun": {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+    "mpich": {"PMI_RANK": "3", "PMI_SIZE": "4"},
+    "PMIx": {"PMIX_RANK": "3"},
+    "Open MPI": {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"},
+}
+VARIABLES = {name for variables in LAUNCHERS.values() for name in variables}
+
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(logger.Logger, "CURRENT", None)
     monkeypatch.setattr(logger.Logger, "DEFAULT", None)
     monkeypatch.setattr(logger.tempfile, "tempdir", str(tmp_path))
-    for name in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", *logger_ranks()):
+    for name in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", *VARIABLES):
         monkeypatch.delenv(name, raising=False)
-
-
-def logger_ranks():
-    return ("RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def names(folder):
@@ -49,9 +53,10 @@ def test_the_folder_and_the_formats_of_the_environment(tmp_path, monkeypatch, ca
     assert names(tmp_path / "there") == {"log-b.txt"}
 
 
-@pytest.mark.parametrize("variable", logger_ranks())
-def test_other_ranks_write_files_of_their_own(tmp_path, monkeypatch, capsys, variable):
-    monkeypatch.setenv(variable, "3")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_ranks_write_files_of_their_own(tmp_path, monkeypatch, capsys, launcher):
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
     assert logger.get_rank_without_mpi_import() == 3
     logger.configure(dir=str(tmp_path / "log"))
     assert names(tmp_path / "log") == {"log-rank003.txt"}

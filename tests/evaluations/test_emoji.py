@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluations.emoji import WEIGHTS, emoji_features
+from evaluations.emoji import emoji_features
 from evaluations.judge import Settings, judge
+from guided_diffusion.settings.shipped import shipped
 from running import run
 
-MODELS = WEIGHTS.parent
+MODELS = shipped("models")
 
 
 def reference(name="train"):

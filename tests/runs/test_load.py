@@ -146,7 +146,7 @@ guided_diffusion.nothing
 @pytest.mark.parametrize(
     ("given", "settings", "said"),
     [
-        ("no_such_name", {}, "no_such_name: cannot be read"),
+        ("no_such_name", {}, "no_such_name.yaml: no such configuration; there are adm_"),
         ("emoji", {"sag_scal": 1}, "load: unknown key 'sag_scal'; did you mean 'sag_scale'"),
         ("emoji", {"labels": "5"}, "labels: wanted classes from 0 to 2, got 5"),
         ("emoji", {"sag_block": "nowhere"}, "no attention block 'nowhere'"),

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import latents
+from guided_diffusion.settings.shipped import how_to_install
 from running import SCRIPTS, mpiexec, refused, run
 
 MODEL = latents.DATA / "model"
@@ -186,4 +187,4 @@ def test_bad_input_is_one_sentence_and_writes_nothing(flags, capsys, wrong, said
 
 def test_without_the_extra_the_command_to_install_it_is_said(flags, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert "pip install '.[stable-diffusion]'" in refused(capsys, SCRIPT, **flags)
+    assert how_to_install("stable-diffusion") in refused(capsys, SCRIPT, **flags)

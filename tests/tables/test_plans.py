@@ -15,6 +15,7 @@ from guided_diffusion.guidance.building import guidances_of
 from guided_diffusion.networks.building import build_classifier, build_network
 from guided_diffusion.runs.prepare import Configs
 from guided_diffusion.settings.options import parse_args
+from guided_diffusion.settings.shipped import shipped
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published.json").read_text())
@@ -156,9 +157,9 @@ def test_the_best_row_of_every_ablation_is_one_run():
 
 def test_configurations_and_plans_publish_the_same():
     rows = [row for name in PUBLISHED for row in PLANS[name].rows if row.config]
-    for path in {row.config[0] for row in rows}:
-        in_plans = [dict(row.published) for row in rows if row.config[0] == path]
-        for entry in yaml.safe_load(Path(path).read_text())["published"]:
+    for name in {row.config[0] for row in rows}:
+        in_plans = [dict(row.published) for row in rows if row.config[0] == name]
+        for entry in yaml.safe_load(shipped(f"{name}.yaml").read_text())["published"]:
             assert {key: value for key, value in entry.items() if key in METRICS} in in_plans
 
 
@@ -224,7 +225,7 @@ def test_a_row_takes_the_settings_of_its_plan_and_wins(tmp_path):
         (GOOD | {"set": ["seed"]}, "set: wanted flags, got ['seed']"),
         (GOOD | {"groups": "main"}, "groups: wanted titles by group, got 'main'"),
         ({key: GOOD[key] for key in ("title", "rows")}, "row one: wanted a config, or missing: why there is none"),
-        (with_row(config="emoij"), "row one: config: no such file "),
+        (with_row(config="emoij"), f"row one: config: {shipped('emoij.yaml')}: no such configuration; there are adm_"),
         (with_row(config=5), "row one: config: wanted a list of names, got 5"),
         (with_row(config=[5]), "row one: config: wanted a list of names, got 5"),
         (with_row(scale=1), "row one: unknown key 'scale'; wanted some of "),

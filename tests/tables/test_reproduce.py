@@ -12,13 +12,13 @@ import torch
 import yaml
 from filelock import FileLock
 
-from evaluations.emoji import WEIGHTS
 from guided_diffusion.commands import reproduce
 from guided_diffusion.guidance import base
 from guided_diffusion.guidance.base import GuidedDenoiser, Interval
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
+from guided_diffusion.settings.shipped import shipped
 from guided_diffusion.tables import page, report, results
 from guided_diffusion.tables.plans import read_plan
 from running import SCRIPTS, mpiexec, refused, run
@@ -33,7 +33,7 @@ PLAN = {
     "groups": {"one": "Strength s", "two": "Others"},
     "config": ["emoji"],
     "set": {"timestep_respacing": "2", "num_samples": 5, "batch_size": 3},
-    "reference": str(WEIGHTS.parent / "emoji32_held_out.npz"),
+    "reference": str(shipped("models", "emoji32_held_out.npz")),
     "rows": [
         {"name": "off", "label": "s = 0", "group": "one", "x": 0, "set": {"sag_scale": 0, "num_samples": 7}},
         {
@@ -162,7 +162,7 @@ def test_dry_run_counts_what_a_run_takes(ran, capsys):
     assert "7 samples, 2 network evaluations each" in out
     assert out.count("5 samples, 4 network evaluations each") == 2
     assert "cannot be run: there is no such network" in out
-    assert "python scripts/classifier_sample.py --config configs/emoji.yaml" in out
+    assert "python scripts/classifier_sample.py --config emoji --config emoji_classifier" in out
     assert "hours in all with 1 rank(s)" in out
 
 
