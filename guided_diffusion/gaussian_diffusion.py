@@ -529,7 +529,8 @@ class GaussianDiffusion(Diffusion):
             raise ValueError(f"noise: wanted the shape {list(shape)}, got {list(noise.shape)}")
         if init_image is None and not skip_timesteps:
             return noise
-        image = torch.zeros_like(noise) if init_image is None else init_image.to(noise)
+        # Contiguous: `randn_like` draws in the order of the memory.
+        image = torch.zeros_like(noise) if init_image is None else init_image.to(noise).contiguous()
         first = torch.full((len(noise),), self.num_timesteps - 1 - skip_timesteps, device=noise.device)
         return self.q_sample(image, first, noise=noise)
 

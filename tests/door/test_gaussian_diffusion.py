@@ -289,6 +289,14 @@ def test_a_loop_may_begin_in_the_middle():
     diffusion.p_sample_loop(network, image.shape, noise=noise, skip_timesteps=2, init_image=image)
     assert [t for _, t in seen] == diffusion.timestep_map[2::-1]
     torch.testing.assert_close(seen[0][0], diffusion.q_sample(image, torch.tensor([2]), noise))
+
+    in_other_order = torch.rand(1, 8, 8, 3).permute(0, 3, 1, 2)
+    samples = []
+    for first in (in_other_order, in_other_order.contiguous()):
+        torch.manual_seed(0)
+        samples.append(diffusion.p_sample_loop(network, image.shape, noise=noise, skip_timesteps=2, init_image=first))
+    assert torch.equal(*samples)
+
     with pytest.raises(ValueError, match="skip_timesteps: wanted 0 to 4, got 5"):
         diffusion.p_sample_loop(network, image.shape, noise=noise, skip_timesteps=5)
 
