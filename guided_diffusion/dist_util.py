@@ -1,6 +1,5 @@
 """guided-diffusion's names for what the ranks of a job do together, by torch.distributed."""
 
-import atexit
 import socket
 from collections.abc import Iterable
 from functools import cache
@@ -29,13 +28,6 @@ def setup_dist() -> None:
             torch.cuda.set_device(dev())
         ranks.start_process_group(job(), dev(), "door")
         ranks.end_with_the_first()
-        # Upstream's scripts do not end it, and its threads must not outlive the interpreter.
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def dev() -> torch.device:

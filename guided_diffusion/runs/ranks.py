@@ -1,5 +1,6 @@
 """Many processes as one job: torchrun's or MPI's ranks, or one process alone."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -39,6 +40,10 @@ POLL_S = 0.1
 STORE_TIMEOUT = timedelta(days=30)
 GROUP_TIMEOUT = timedelta(minutes=30)
 """How long ranks of a process group wait for one that does not come, such as rank 0 that saves and samples."""
+
+
+REST_S = 0.2
+"""What threads get to come to rest at the end, which a network under DDP keeps where the group is destroyed."""
 
 
 class _OwnStore:
@@ -222,6 +227,18 @@ def start_process_group(job: Job, device: torch.device, name: str) -> None:
         world_size=job.size,
         timeout=GROUP_TIMEOUT,
     )
+    atexit.register(_end_process_group)
+
+
+def _end_process_group() -> None:
+    """End torch.distributed before the interpreter ends, where a thread that lets go of a tensor aborts the process.
+
+    Not after an error, when others may never come to what this rank waits for.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        if dist.get_world_size() > 1:
+            time.sleep(REST_S)
+        dist.destroy_process_group()
 
 
 def _unlink_shared_memory() -> None:
