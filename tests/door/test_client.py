@@ -48,12 +48,12 @@ def run_of(folder, ranks):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("client") / "alone", 1)
+    return run_of(tmp_path_factory.mktemp("scripts") / "alone", 1)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("client") / "together", 2)
+    return run_of(tmp_path_factory.mktemp("scripts") / "together", 2)
 
 
 @pytest.fixture(params=[1, 2], ids=["alone", "two ranks"])
