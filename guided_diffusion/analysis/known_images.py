@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..storage.files import read_arrays
+from ..storage.given_images import GivenImages, read_npz
 from ..storage.images import center_crop, list_image_files, read_picture
 
 OPAQUE = 128
@@ -25,22 +24,19 @@ class KnownImages:
     """
 
     def __init__(self, path: str, objects: str, side: int):
-        self._side, self._objects = side, objects
-        self._files: list[Path] = []
+        self._objects = objects
+        self._images = GivenImages(path, side, side, "data_dir")
         self._masks: list[Path] = []
-        if path.endswith(".npz"):
-            self._images = _array("data_dir", path, (None, side, side, 3))
-        else:
-            self._files = list_image_files(path)
+        self._cut = partial(center_crop, size=side)
         if objects.endswith(".npz"):
-            self._opacity = _array("object_masks", objects, (None, side, side))
+            self._opacity = read_npz(objects, {"arr_0": (np.uint8, (None, side, side))}, "object_masks")["arr_0"]
             if len(self._opacity) != len(self):
                 raise ValueError(f"object_masks: {objects}: wanted {len(self)} masks, got {len(self._opacity)}")
         elif objects:
-            self._masks = self._named_alike(path, objects)
+            self._masks = _named_alike(self._images.files, path, objects)
 
     def __len__(self) -> int:
-        return len(self._files or self._images)
+        return len(self._images)
 
     @property
     def has_objects(self) -> bool:
@@ -49,11 +45,11 @@ class KnownImages:
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Images [N, 3, side, side] in levels 0 … 255 and their objects, bool [N, 1, side, side]."""
         rows = list(indices)
-        images = np.stack([self._picture(self._files[i], "RGB") for i in rows]) if self._files else self._images[rows]
-        levels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+        levels = torch.from_numpy(np.stack([self._images.pixels(i) for i in rows])).permute(0, 3, 1, 2).float()
         if not self._objects:
             return levels, None
-        opacity = np.stack([self._picture(self._masks[i], "L") for i in rows]) if self._masks else self._opacity[rows]
+        masks = [read_picture(self._masks[i], self._cut, "L") if self._masks else self._opacity[i] for i in rows]
+        opacity = np.stack(masks)
         largest = opacity.reshape(len(rows), -1).max(axis=1)
         for i, value in zip(rows, largest, strict=True):
             if 0 < value < OPAQUE:
@@ -61,30 +57,16 @@ class KnownImages:
                 raise ValueError(f"object_masks: {name}: wanted 255 where the object is, got at most {value}")
         return levels, torch.from_numpy(opacity >= OPAQUE)[:, None]
 
-    def _picture(self, path: Path, mode: str) -> NDArray[np.uint8]:
-        return read_picture(path, partial(center_crop, size=self._side), mode)
 
-    def _named_alike(self, path: str, objects: str) -> list[Path]:
-        if path.endswith(".npz"):
-            raise ValueError(f"object_masks: the images are {path}, give an npz of masks in the same order")
-        if not Path(objects).is_dir():
-            raise ValueError(f"object_masks: no such folder {objects!r}")
-        found = {file.relative_to(objects).with_suffix(""): file for file in list_image_files(objects)}
-        names = [file.relative_to(path).with_suffix("") for file in self._files]
-        for name in names:
-            if name not in found:
-                raise ValueError(f"object_masks: {objects}: has no picture called {name}")
-        return [found[name] for name in names]
-
-
-def _array(key: str, path: str, shape: tuple[int | None, ...]) -> NDArray[np.uint8]:
-    try:
-        with open(path, "rb") as file:
-            array = read_arrays(file, {"arr_0": (np.dtype(np.uint8), shape)})["arr_0"]
-    except FileNotFoundError:
-        raise ValueError(f"{key}: no such file {path!r}") from None
-    except ValueError as error:
-        raise ValueError(f"{key}: {path}: {error}") from None
-    if not len(array):
-        raise ValueError(f"{key}: {path}: holds nothing")
-    return array
+def _named_alike(files: Sequence[Path], path: str, objects: str) -> list[Path]:
+    """The masks of these pictures below `path`, which are called as they are."""
+    if not files:
+        raise ValueError(f"object_masks: the images are {path}, give an npz of masks in the same order")
+    if not Path(objects).is_dir():
+        raise ValueError(f"object_masks: no such folder {objects!r}")
+    found = {file.relative_to(objects).with_suffix(""): file for file in list_image_files(objects, "object_masks")}
+    names = [file.relative_to(path).with_suffix("") for file in files]
+    for name in names:
+        if name not in found:
+            raise ValueError(f"object_masks: {objects}: has no picture called {name}")
+    return [found[name] for name in names]

@@ -17,7 +17,7 @@ from ..stable_diffusion.attention import self_attention_layers
 from ..stable_diffusion.model import load
 from ..stable_diffusion.network import LatentNetwork
 from ..stable_diffusion.sampling import LatentPipeline, build_latent_guidance, read_prompts
-from ..stable_diffusion.schedulers import mean_type, start
+from ..stable_diffusion.schedulers import mean_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +66,9 @@ def latent_subject(config: StableDiffusionConfig, guidance: LatentGuidanceConfig
 
     def denoiser(x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         # Some schedulers scale the network's input by the step that they believe to be at.
-        scheduler = start(pipeline.scheduler, config.steps, device)
+        scheduler = pipeline.started()
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(pipeline.levels.num_timesteps - 1 - int(t[0]))
+            scheduler.set_begin_index(len(scheduler.timesteps) - 1 - int(t[0]))
         network = LatentNetwork(model.unet, scheduler)
         return NetworkDenoiser(network, pipeline.levels, mean_type(scheduler), None, clip_denoised=False)(
             x_t, t, condition

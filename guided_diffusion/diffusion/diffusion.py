@@ -35,6 +35,10 @@ class Diffusion:
     def num_timesteps(self) -> int:
         return self.process.num_timesteps
 
+    def first(self, steps: int) -> "Diffusion":
+        """The same on the first so many steps of its process, those nearest to the image."""
+        return Diffusion(self.process.first(steps), self.model_mean_type, self.model_var_type, self.loss_type)
+
     def denoiser(
         self,
         model: Callable[..., Tensor],

@@ -128,6 +128,10 @@ class NoiseLevels:
             self._on_device[key] = torch.as_tensor(getattr(self, table), dtype=dtype, device=device)
         return self._on_device[key]
 
+    def first(self, steps: int) -> "NoiseLevels":
+        """The levels of the first so many steps as they are counted, those nearest to the image."""
+        return NoiseLevels(self.alphas[:steps], self.sigmas[:steps], self.timesteps[:steps])
+
     def at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
         """Row values of the table of that name at steps t, float32, shaped to broadcast over x: [N, 1, …]."""
         return self._tensor(table, t.device, torch.float32)[t].reshape(-1, *[1] * (x.ndim - 1))
@@ -176,7 +180,7 @@ class ForwardProcess(NoiseLevels):
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be a list of numbers in (0, 1]")
-        self.original_num_steps = len(betas)
+        self.original_betas, self.original_num_steps = betas, len(betas)
         self.rescale_timesteps = rescale_timesteps
         self.timestep_map = sorted(range(len(betas)) if kept is None else set(kept))
         kept_alphas = np.cumprod(1 - betas)[self.timestep_map]
@@ -203,6 +207,10 @@ class ForwardProcess(NoiseLevels):
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - self.alphas_cumprod)
         self._derive()
+
+    def first(self, steps: int) -> "ForwardProcess":
+        """The process of the first so many of these steps, those nearest to the image."""
+        return ForwardProcess(self.original_betas, self.timestep_map[:steps], self.rescale_timesteps)
 
     def _derive(self) -> None:
         """Tables that are others in other words."""

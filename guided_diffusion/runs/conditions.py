@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..diffusion.noise import sample_labels
 from ..settings.sampling import SamplingConfig
-from ..storage.files import read_arrays
+from ..storage.given_images import GivenImages
 
 ConditionOf = Callable[[SamplingConfig, Sequence[int]], dict[str, Tensor]]
 """The condition of samples by settings and their indices, rows first, on the CPU."""
@@ -54,32 +54,13 @@ class Classes:
         return {"y": choose_labels(config.labels, config.seed, indices, self.num_classes, self.null_label)}
 
 
-def base_condition(path: str, small_size: int, num_classes: int | None) -> ConditionOf:
-    """low_res in [−1, 1], and y where the network has classes, of the images in an npz; a ValueError if wrong.
-
-    Sample i is made of image i, round and round.
-    """
-    wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]] = {
-        "arr_0": (np.dtype(np.uint8), (None, small_size, small_size, 3))
-    }
-    if num_classes is not None:
-        wanted["arr_1"] = (np.dtype(np.int64), (None,))
-    try:
-        with open(path, "rb") as file:
-            arrays = read_arrays(file, wanted)
-    except FileNotFoundError:
-        raise ValueError(f"base_samples: no such file {path!r}") from None
-    except ValueError as error:
-        raise ValueError(f"base_samples: {path}: {error}") from None
-    images, labels = arrays["arr_0"], arrays.get("arr_1")
-    if not len(images):
-        raise ValueError(f"base_samples: {path}: holds no image")
-    if labels is not None and not (len(labels) == len(images) and 0 <= labels.min() <= labels.max() < num_classes):
-        raise ValueError(f"base_samples: {path}: arr_1: wanted one label from 0 to {num_classes - 1} for each image")
+def base_condition(images: GivenImages) -> ConditionOf:
+    """low_res in [−1, 1], and y where they have labels, of images: sample i is made of image i, round and round."""
 
     def condition_of(_config: SamplingConfig, indices: Sequence[int]) -> dict[str, Tensor]:
-        rows = np.asarray(indices) % len(images)
-        low_res = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"low_res": low_res} | ({} if labels is None else {"y": torch.from_numpy(labels[rows])})
+        condition = {"low_res": images.read(indices)}
+        if images.labels is not None:
+            condition["y"] = torch.from_numpy(images.labels[np.asarray(indices) % len(images)])
+        return condition
 
     return condition_of

@@ -16,6 +16,7 @@ from ..settings.options import later_defaults
 from ..settings.sampling import SamplingConfig
 from ..storage.fetch import local_path
 from ..storage.files import join, sha256
+from ..storage.images import list_image_files
 from .pipeline import Pipeline
 from .shards import settings_hash
 
@@ -27,6 +28,7 @@ INPUT_FILES = (
     "model_path",
     "classifier_path",
     "base_samples",
+    "init_image",
     "sag_mask",
     "model",
     "model_config",
@@ -35,6 +37,9 @@ INPUT_FILES = (
     "image_mask",
 )
 """Settings that name a file or a model's folder, or may: its contents count, not its name."""
+
+PICTURES = ("base_samples", "init_image")
+"""Those of them that may be a folder of pictures."""
 
 
 IN_MODELS = (".json", ".txt", ".safetensors")
@@ -53,6 +58,12 @@ def _file_hash(path: str) -> str:
     return sha256(local_path(path))
 
 
+def _pictures_hash(path: str) -> str:
+    if os.path.isdir(path):
+        return settings_hash({"pictures": [sha256(file) for file in list_image_files(path)]})
+    return _file_hash(path)
+
+
 def identity(settings: dict[str, Any], samples_version: int = 1) -> dict[str, Any]:
     """What makes sample i what it is, and the cut into shards: settings, and the contents of the files they name.
 
@@ -65,7 +76,8 @@ def identity(settings: dict[str, Any], samples_version: int = 1) -> dict[str, An
     }
     files = [key for key in INPUT_FILES if kept.get(key) and (key != "sag_mask" or kept[key].endswith(".npz"))]
     version = {} if samples_version == 1 else {"samples_version": samples_version}
-    return kept | {key: _file_hash(kept[key]) for key in files} | version
+    hashes = {key: (_pictures_hash if key in PICTURES else _file_hash)(kept[key]) for key in files}
+    return kept | hashes | version
 
 
 def output_folder(pipeline: Pipeline, made_of: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ..guidance.base import Guidance, GuidedDenoiser
 from ..guidance.classifier import with_classifier
 from ..settings.sampling import RunConfig, SamplingConfig
 from ..storage import pictures
+from ..storage.given_images import GivenImages
 from .conditions import Classes, ConditionOf, unconditional
 from .progress import Progress
 from .ranks import Job
@@ -72,7 +73,8 @@ class ImagePipeline:
     """Everything that makes sample i, but i itself.
 
     side: of the images. condition_of: what sample i is made of. conditional: whether the network takes that condition;
-    else only the classifier of `cond_fn` does.
+    else only the classifier of `cond_fn` does. init_images: what samples begin with, under the noise of the first
+    step that the diffusion makes (SDEdit, Meng et al. 2022).
     """
 
     samples_version: ClassVar[int] = 1
@@ -86,6 +88,7 @@ class ImagePipeline:
     guidances: Sequence[Guidance] = ()
     cond_fn: Callable[..., Tensor] | None = None
     conditional: bool = True
+    init_images: GivenImages | None = None
 
     @property
     def name(self) -> str:
@@ -129,7 +132,11 @@ class ImagePipeline:
         denoiser = with_classifier(guided, self.cond_fn) if self.cond_fn else guided
         of_ddim = {"eta": config.ddim_eta} if config.sampler_name == "ddim" else {}
         sample = SAMPLERS[config.sampler_name]
-        for state in sample(denoiser, process, noise.x_T(), self.condition(indices), noise, **of_ddim):
+        x = noise.x_T()
+        if self.init_images:
+            noisiest = torch.full((len(x),), process.num_timesteps - 1, device=x.device)
+            x = process.q_sample(self.init_images.read(indices).to(x), noisiest, x)
+        for state in sample(denoiser, process, x, self.condition(indices), noise, **of_ddim):
             yield state, guided
 
     def sample(

@@ -1,7 +1,7 @@
 """From settings to what makes samples: the networks, guidances and conditions of the two sampling scripts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,11 +18,12 @@ from ..networks.inspection import wrong_flags
 from ..settings.guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
 from ..settings.options import configure, resolved
-from ..settings.sampling import SamplingConfig
+from ..settings.sampling import NUM_SAMPLES, SamplingConfig
 from ..settings.scripts import SCRIPTS
 from ..settings.shipped import shipped
 from ..storage.checkpoints import load_into
 from ..storage.files import join
+from ..storage.given_images import GivenImages
 from .conditions import Classes, unconditional
 from .pipeline import ImagePipeline
 from .ranks import Job
@@ -82,17 +83,28 @@ class Prepared:
     guidance_line: str
 
 
+def counted(sampling: SamplingConfig, images: GivenImages | None) -> SamplingConfig:
+    """The settings with a number of samples: where none is given, that of the images that samples are made of."""
+    return replace(sampling, num_samples=sampling.num_samples or (len(images) if images else NUM_SAMPLES))
+
+
 def image_run(configs: Configs, device: torch.device, weights: bool = True) -> Prepared:
     """From settings to a run, with a classifier's gradient where they ask for it; a ValueError says which is wrong.
 
     weights: read them; if not, the networks are filled at random.
     """
-    about, by_classifier = configs.network, configs.by_classifier
+    about, by_classifier, given = configs.network, configs.by_classifier, configs.sampling.init_image
+    images = GivenImages(given, about.image_size, about.image_size, "init_image") if given else None
+    configs = replace(configs, sampling=counted(configs.sampling, images))
     diffusion = build_diffusion(configs.diffusion)
+    steps = diffusion.num_timesteps
+    diffusion = diffusion.first(configs.sampling.steps_made(steps))
     with unfilled():
         network = build_network(about, configs.diffusion.learn_sigma)
     guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)
     line = describe_guidance(configs.sag, configs.others, guidances, diffusion.num_timesteps)
+    if images:
+        line += f"\nfrom {len(images)} given images: the last {diffusion.num_timesteps} of {steps} steps"
     condition_of, cond_fn = unconditional, None
     if by_classifier:
         line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if by_classifier.on else 'off'}"
@@ -116,6 +128,7 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
         guidances,
         cond_fn,
         conditional=about.class_cond,
+        init_images=images,
     )
     return Prepared(pipeline, configs.resolved(), line)
 

@@ -31,7 +31,9 @@ class GuidanceConfig:
     guide_start: int = option(
         250, "guide, in all ways but a classifier's, at the last so many of the respaced steps only; 0 = never"
     )
-    guide_interval: str = option("0,1", "and while lo ≤ t/T < hi, as lo,hi; 1 is noise, 0 the image")
+    guide_interval: str = option(
+        "0,1", "and while lo ≤ t/T < hi, as lo,hi, T the steps that are made; 1 is noise, 0 the image"
+    )
     guide_every: int = option(1, "compute each of these guidances every so many guided steps only, and use it again")
     fidelity: str = option("corrected", "corrected: as the paper; reference: as the authors' code computes")
 

@@ -19,6 +19,16 @@ class RunConfig:
         0, "images per file of the run, the unit of resuming and of the ranks' work; 0: batch_size"
     )
     seed: int = option(0, "sample i depends on the seed and on i alone, not on batch size")
+    init_image: str = option(
+        "",
+        "images to begin with instead of noise, image i for sample i, round and round: a folder of pictures, one "
+        "picture, or an npz with arr_0, uint8 [N, H, W, 3]",
+        path=True,
+        later=True,
+    )
+    strength: float = option(
+        0.5, "share of the steps that are made of an init_image: near 0 it comes back, 1 is all steps", later=True
+    )
     out_dir: str = option("", "folder to write to; empty: $OPENAI_LOGDIR, else runs/ and a name made of the settings")
     overwrite: bool = option(False, "delete what an earlier run left in the folder")
     png: bool = option(False, "write the samples as PNGs too: images/000000.png and so on")
@@ -31,10 +41,21 @@ class RunConfig:
         if self.shard_size < 0 or not self.grace >= 0:
             raise ValueError(f"shard_size, grace: wanted 0 or more, got {self.shard_size}, {self.grace}")
         check_seed(self.seed)
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength: wanted 0 to 1, got {self.strength}")
+        if self.strength != RunConfig.strength and not self.init_image:
+            raise ValueError("strength: goes with images to begin with; give --init_image")
+
+    def steps_made(self, steps: int) -> int:
+        """How many of so many steps are made, the last ones: all, or with `init_image` a share, but at least one."""
+        return max(1, round(self.strength * steps)) if self.init_image else steps
 
 
 SAMPLERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde", "unipc")
 """What --sampler may be."""
+
+NUM_SAMPLES = 10000
+"""What --num_samples is where it is not given and no images are."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +63,9 @@ class SamplingConfig(RunConfig):
     """sampling"""
 
     model_path: str = option("", "weights of the network: .pt or .safetensors, local or what blobfile opens", path=True)
-    num_samples: int = option(10000, "images to make")
+    num_samples: int | None = option(
+        None, f"images to make; empty: {NUM_SAMPLES}, or with base_samples or init_image as many as there are"
+    )
     labels: str = option("random", "classes: random, none (where the network has a null label), or a list like 0,7,7")
     balanced_labels: bool = option(False, "equal numbers of every class: sample i has class i modulo num_classes")
     sampler: str = option(
@@ -60,7 +83,7 @@ class SamplingConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_samples < 1:
+        if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"num_samples: wanted 1 or more, got {self.num_samples}")
         if self.balanced_labels and self.labels != "random":
             raise ValueError("balanced_labels, labels: two ways to choose the classes; give one")
@@ -83,7 +106,12 @@ class SamplingConfig(RunConfig):
 class UpsamplingConfig(SuperResolutionConfig):
     """super-resolution"""
 
-    base_samples: str = option("", "npz of the images to begin with: arr_0 uint8 [N, H, W, 3], arr_1 labels", path=True)
+    base_samples: str = option(
+        "",
+        "images to enlarge: a folder of pictures (label_name.png gives the class), one picture, or an npz with arr_0, "
+        "uint8 [N, H, W, 3], and arr_1, labels",
+        path=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ SCRIPTS = {
     "image_sample": Script((SamplingConfig, *GUIDANCE, *MODEL)),
     "classifier_sample": Script((SamplingConfig, *GUIDANCE, ClassifierGuidanceConfig, *MODEL, ClassifierConfig)),
     "super_res_sample": Script(
-        (SamplingConfig, UpsamplingConfig, *MODEL), (*OF_OTHER_SIZES, "labels", "balanced_labels")
+        (SamplingConfig, UpsamplingConfig, *MODEL),
+        (*OF_OTHER_SIZES, "labels", "balanced_labels", "init_image", "strength"),
     ),
     "stable_diffusion_sample": Script((StableDiffusionConfig, LatentGuidanceConfig)),
     "image_train": Script((TrainingConfig, *MODEL)),

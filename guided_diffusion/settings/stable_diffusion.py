@@ -99,7 +99,7 @@ class LatentGuidanceConfig:
     sag_space: str | None = option(None, "eps: the difference is one of ε; model: of what the network predicts")
     blur_sigma: float | None = option(None, "σ of the Gaussian blur in latent pixels; 0 = none, inf = the mean")
     blur_kernel: int | None = option(None, "odd width of the blur's window in latent pixels")
-    guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, t of T network calls are left; 1 is noise")
+    guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, t of the T network calls made are left; 1 is noise")
     guide_every: int = option(1, "compute the guidance every so many guided steps, and use it again between")
 
     def __post_init__(self):

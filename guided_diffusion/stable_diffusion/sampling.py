@@ -21,10 +21,11 @@ from ..guidance.classifier_free import ClassifierFreeGuidance
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..settings.stable_diffusion import MIDDLE, PRESETS, LatentGuidanceConfig, StableDiffusionConfig
 from ..storage import pictures
+from ..storage.given_images import GivenImages
 from .attention import find_layer
 from .model import StableDiffusion
 from .network import LatentNetwork
-from .schedulers import choose_scheduler, diffuse, mean_type, noise_levels, start
+from .schedulers import calls, choose_scheduler, diffuse, mean_type, noise_levels, start
 
 
 def latent_guidance(unet: torch.nn.Module, scale: float, preset: str = "paper", **settings: Any) -> Guidance:
@@ -101,7 +102,7 @@ class LatentPipeline:
         self.model.latent_shape(*self.shape[:2])
         self.model.check_prompts([self.config.negative_prompt], "negative_prompt")
         self.model.check_prompts(self.prompts)
-        _ = self.num_steps, self.inpaint, self.device
+        _ = self.num_steps, self.inpaint, self.init_images, self.device
 
     @property
     def name(self) -> str:
@@ -124,13 +125,26 @@ class LatentPipeline:
     def scheduler(self) -> Any:
         return choose_scheduler(self.model.scheduler, self.config.scheduler, self.config.spacing)
 
+    def started(self) -> Any:
+        """The scheduler, ready for the first step that is made."""
+        config = self.config
+        return start(self.scheduler, config.steps, self.device, config.steps_made(config.steps))
+
     @cached_property
     def levels(self) -> NoiseLevels:
-        return noise_levels(start(self.scheduler, self.config.steps, self.device))
+        """Those of the network calls that are made."""
+        started = self.started()
+        return noise_levels(started).first(len(calls(started)))
 
     @property
     def num_steps(self) -> int:
         return self.levels.num_timesteps
+
+    @cached_property
+    def init_images(self) -> GivenImages | None:
+        """The pictures of --init_image."""
+        path = self.config.init_image
+        return GivenImages(path, *self.shape[:2], "init_image") if path else None
 
     @cached_property
     def inpaint(self) -> Tensor | None:
@@ -158,13 +172,15 @@ class LatentPipeline:
         config, device = self.config, self.device
         noise = SampleNoise(config.seed, indices, self.model.latent_shape(*self.shape[:2]), device)
         condition, negative = self.condition(indices)
-        scheduler = start(self.scheduler, config.steps, device)
+        scheduler = self.started()
         network = LatentNetwork(self.model.unet, scheduler)
         denoiser = NetworkDenoiser(network, self.levels, mean_type(scheduler), None, clip_denoised=False)
         by_prompt = ClassifierFreeGuidance(scale=config.guidance_scale - 1, null=lambda _condition: negative)
         guidances = [by_prompt, *self.guidances]
         guided = GuidedDenoiser(denoiser, self.levels, guidances, Samples(config.seed, indices))
-        for state in diffuse(scheduler, guided, noise.x_T(), condition, torch_generators(config.seed, indices)):
+        image = self.model.latents(self.init_images.read(indices).to(device)) if self.init_images else None
+        generators = torch_generators(config.seed, indices)
+        for state in diffuse(scheduler, guided, noise.x_T(), condition, generators, image):
             yield state, guided
 
     def images(self, x: Tensor) -> Tensor:
@@ -175,6 +191,9 @@ class LatentPipeline:
         """One line for people: scheduler, calls, and what guides."""
         config = self.config
         parts = [f"{type(self.scheduler).__name__}, {self.num_steps} network calls"]
+        if self.init_images:
+            made = f"the last {config.steps_made(config.steps)} of {config.steps} steps"
+            parts.append(f"from {len(self.init_images)} given images: {made}")
         parts.append(f"classifier-free guidance: {config.guidance_scale:g}" if config.guidance_scale != 1 else "no CFG")
         if not self.guidances:
             return "; ".join([*parts, "self-attention guidance: off"])

@@ -62,16 +62,33 @@ def choose_scheduler(own: Any, name: str = "", spacing: str = "") -> Any:
     return kind.from_config(own.config, **settings)
 
 
-def start(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Any:
-    """A copy of a scheduler, ready for the first of so many steps; a ValueError if it cannot make that many."""
+def start(scheduler: Any, steps: int, device: torch.device | str = "cpu", made: int | None = None) -> Any:
+    """A copy of a scheduler, ready for the first of so many steps; a ValueError if it cannot make that many.
+
+    made: of these, make the last so many only.
+    """
     fresh = type(scheduler).from_config(scheduler.config)
     try:
         fresh.set_timesteps(steps, device=device)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"steps: {type(fresh).__name__} cannot make {steps} steps ({error})") from None
+    skipped = 0 if made is None else steps - made
     if hasattr(fresh, "set_begin_index"):
-        fresh.set_begin_index(0)
+        fresh.set_begin_index(skipped * fresh.order)
+    elif skipped and hasattr(fresh, "plms_timesteps"):
+        if not fresh.config.skip_prk_steps:
+            raise ValueError("scheduler: PNDM can begin in the middle only with skip_prk_steps: give --scheduler pndm")
+        # It calls the network twice at the second step that it makes.
+        left = fresh.timesteps.unique().flip(0)[skipped:]
+        fresh.timesteps = torch.cat([left[:2], left[1:]])
+    else:
+        fresh.timesteps = fresh.timesteps[skipped:]
     return fresh
+
+
+def calls(scheduler: Any) -> Tensor:
+    """The timesteps of the network calls that a scheduler makes from where it was started."""
+    return scheduler.timesteps[getattr(scheduler, "begin_index", None) or 0 :]
 
 
 def noise_levels(scheduler: Any) -> NoiseLevels:
@@ -97,17 +114,27 @@ def noise_levels(scheduler: Any) -> NoiseLevels:
 
 
 def diffuse(
-    scheduler: Any, denoiser: Denoiser, x_T: Tensor, condition: Condition, generators: Sequence[torch.Generator]
+    scheduler: Any,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    condition: Condition,
+    generators: Sequence[torch.Generator],
+    image: Tensor | None = None,
 ) -> Iterator[State]:
     """Sample with a scheduler that was started: one State for every network call; the last one's x is the sample.
 
-    x_T: standard normal noise [N, C, h, w]. generators: one for each sample, for schedulers that add noise.
+    x_T: standard normal noise [N, C, h, w]. generators: one for each sample, for schedulers that add noise. image: x_0
+    to begin with, [N, C, h, w], under the noise of the first call (SDEdit, Meng et al. 2022).
     """
     takes = inspect.signature(scheduler.step).parameters
     random = {"generator": list(generators)} if "generator" in takes else {}
-    x = x_T * scheduler.init_noise_sigma
-    left = len(scheduler.timesteps)
-    for timestep in scheduler.timesteps:
+    timesteps = calls(scheduler)
+    if image is None:
+        x = x_T * scheduler.init_noise_sigma
+    else:
+        x = scheduler.add_noise(image, x_T, timesteps[:1].expand(len(x_T)))
+    left = len(timesteps)
+    for timestep in timesteps:
         left -= 1
         with torch.no_grad():
             prediction = denoiser(x, torch.full((len(x),), left, device=x.device), condition)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..settings.options import exit_on_bad_input
@@ -24,17 +24,20 @@ HEADERS_CHECKED = 10_000
 BAD_FILES_NAMED = 5
 
 
-def list_image_files(data_dir: str) -> list[Path]:
-    """All image files below data_dir and the folders that links lead to, sorted; a ValueError if there is none."""
+def list_image_files(data_dir: str, flag: str = "data_dir") -> list[Path]:
+    """All image files below data_dir and the folders that links lead to, sorted.
+
+    A ValueError, which names the flag, if there is none.
+    """
     if not data_dir:
-        raise ValueError("data_dir: give a folder of images")
+        raise ValueError(f"{flag}: give a folder of images")
     if not Path(data_dir).is_dir():
-        raise ValueError(f"data_dir: no such folder {data_dir!r}")
+        raise ValueError(f"{flag}: no such folder {data_dir!r}")
     walk = os.walk(data_dir, followlinks=True)
     paths = (Path(folder, name) for folder, folders, names in walk for name in (*folders, *names))
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"data_dir: no image file below {data_dir!r}")
+        raise ValueError(f"{flag}: no image file below {data_dir!r}")
     return files
 
 
@@ -44,15 +47,15 @@ def _label(path: Path) -> str:
     return label if underscore else ""
 
 
-def class_names(files: list[Path]) -> list[str]:
+def class_names(files: list[Path], flag: str = "data_dir") -> list[str]:
     """The classes of files named label_name.png, sorted: class i of the data is item i.
 
-    A ValueError names a file that has no class.
+    A ValueError names the flag and a file that has no class.
     """
     without = [path for path in files if not _label(path)]
     if without:
         raise ValueError(
-            f"data_dir: {len(without)} of {len(files)} files have no class in their name (wanted label_name.png), "
+            f"{flag}: {len(without)} of {len(files)} files have no class in their name (wanted label_name.png), "
             f"first {without[0]}"
         )
     return sorted({_label(path) for path in files})
@@ -82,6 +85,13 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest middle part of the image that has this shape, at height × width pixels."""
+    if height == width:
+        return center_crop(image, height)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
 def random_crop(image: Image.Image, size: int, chance: np.random.Generator, min_fraction: float = 0.8) -> Image.Image:
     """A square at a random place whose side is min_fraction to 1 of the image's smaller side."""
     image = shrink(image, int(chance.integers(size, math.ceil(size / min_fraction), endpoint=True)))
@@ -96,8 +106,8 @@ def _reason(path: Path, error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def check_images(files: list[Path]) -> None:
-    """Look at the headers of the files; a ValueError names those that are no images, at most five.
+def check_images(files: list[Path], flag: str = "data_dir") -> None:
+    """Look at the headers of the files; a ValueError names the flag and those that are no images, at most five.
 
     Of more than 10,000 files as many are looked at, evenly spread: the rest is found when it is read.
     """
@@ -109,7 +119,7 @@ def check_images(files: list[Path]) -> None:
             bad.append(f"{path} ({_reason(path, error)})")
     if bad:
         more = f", and {len(bad) - BAD_FILES_NAMED} more" if len(bad) > BAD_FILES_NAMED else ""
-        raise ValueError(f"data_dir: not images that can be read: {', '.join(bad[:BAD_FILES_NAMED])}{more}")
+        raise ValueError(f"{flag}: not images that can be read: {', '.join(bad[:BAD_FILES_NAMED])}{more}")
 
 
 def read_picture(path: Path, cut: Callable[[Image.Image], Image.Image], mode: str = "RGB") -> NDArray[np.uint8]:

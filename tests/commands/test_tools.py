@@ -84,6 +84,25 @@ def test_upsampling(upsampler):
         assert np.abs(file["arr_0"][0].astype(int) - images[0]).max() <= 1
 
 
+def test_upsampling_a_folder(upsampler, tmp_path):
+    """As many samples as pictures, which have their classes in their names; they are an npz of the same images."""
+    with np.load(upsampler["base_samples"]) as file:
+        images = [*file["arr_0"], file["arr_0"][0]]
+    (tmp_path / "base").mkdir()
+    for number, label in enumerate("dbca"):
+        Image.fromarray(images[number]).save(tmp_path / "base" / f"{label}_{number}.png")
+    np.savez(tmp_path / "same.npz", np.stack([images[3], images[1], images[2], images[0]]), np.arange(4))
+    del upsampler["num_samples"]
+    made = []
+    for base in ("base", "same.npz"):
+        out = tmp_path / f"out of {base}"
+        run("super_res_sample", **upsampler | {"base_samples": tmp_path / base, "out_dir": out})
+        with np.load(out / "samples_4x32x32x3.npz") as file:
+            assert file["arr_1"].tolist() == [0, 1, 2, 3]
+            made.append(file["arr_0"])
+    assert np.array_equal(*made)
+
+
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [

@@ -119,6 +119,29 @@ def test_respaced_process_has_the_same_noise_levels():
     np.testing.assert_allclose(part.alphas_cumprod, whole.alphas_cumprod[part.timestep_map], rtol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 7])
+@pytest.mark.parametrize("respacing", ["7", "logsnr7"])
+def test_the_first_steps_are_a_process_with_the_same_tables(respacing, steps):
+    betas = get_named_beta_schedule("cosine", 100)
+    whole = ForwardProcess(betas, kept_timesteps(betas, respacing), rescale_timesteps=True)
+    part = whole.first(steps)
+    assert part.num_timesteps == steps
+    assert part.original_num_steps == 100
+    assert part.timestep_map == whole.timestep_map[:steps]
+    tables = [name for name, table in vars(whole).items() if isinstance(table, np.ndarray) and len(table) == 7]
+    assert {"betas", "alphas_cumprod", "posterior_mean_coef1", "fixed_large_log_variance", "timesteps"} <= {*tables}
+    for name in tables:
+        # The last step has none after it; of a single step the variance is none, and its logarithm stands for nothing.
+        ends = 1 if name == "alphas_cumprod_next" and steps < 7 else 0
+        if steps > 1 or "variance" not in name:
+            kept = steps - ends
+            assert np.array_equal(getattr(part, name)[:kept], getattr(whole, name)[:kept]), name
+    levels = NoiseLevels(whole.alphas, whole.sigmas, whole.timesteps).first(steps)
+    for name in ("alphas", "sigmas", "norms", "timesteps", "x0_factors"):
+        assert len(getattr(levels, name)) == steps
+    assert np.array_equal(levels.sigmas, part.sigmas)
+
+
 def test_a_network_of_4000_steps_sees_timesteps_below_1000():
     diffusion = create_gaussian_diffusion(
         steps=4000, noise_schedule="cosine", rescale_timesteps=True, timestep_respacing="50"

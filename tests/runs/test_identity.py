@@ -1,11 +1,13 @@
 """What a run is known by: its hash stays what it was, unless the samples would be others."""
 
+import numpy as np
 import pytest
 
 from guided_diffusion.runs.identity import identity, settings_hash
 from guided_diffusion.runs.pipeline import ImagePipeline
 from guided_diffusion.runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS
 from guided_diffusion.settings.options import merge, parse_args, resolved
+from guided_diffusion.settings.stable_diffusion import StableDiffusionConfig
 from guided_diffusion.stable_diffusion.sampling import LatentPipeline
 from running import refused, run
 from small import EMBEDDED
@@ -40,6 +42,32 @@ def test_how_settings_are_written_does_not_count(tmp_path):
     file.write_text("sag_scale: '0.5'\nnum_classes: '3'\nclass_cond: yes\npaper: none\nmodel_path: any_name.pt\n")
     flags = ["--timestep_respacing", "50", "--class_cond", "true", "--num_samples", "3", "--png", "--out_dir", "there"]
     assert hash_of(parse_args("", IMAGE_GROUPS, ["--config", str(file), *flags])) == PINNED
+
+
+def test_images_to_begin_with_count_where_they_are_given(weights, tmp_path):
+    np.savez(tmp_path / "images.npz", np.zeros((1, 64, 64, 3), np.uint8))
+    given = SETTINGS | {"model_path": weights, "init_image": str(tmp_path / "images.npz")}
+    configs = [merge(IMAGE_GROUPS, ("test", given | more)) for more in ({}, {"strength": 0.5}, {"strength": 0.6})]
+    hashes = [hash_of(config) for config in configs]
+    assert hashes[0] == hashes[1]
+    assert len({PINNED, *hashes}) == 3
+    without = identity(resolved(StableDiffusionConfig(model=str(tmp_path))))
+    assert not {"init_image", "strength"} & without.keys()
+
+
+def test_a_folder_of_pictures_is_what_its_pictures_are_in_their_order(tmp_path):
+    def of_folder(**files):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "deeper"
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / name.replace("_", ".")).write_text(text)
+        return identity({"init_image": str(folder.parent), "base_samples": str(folder)})
+
+    first = of_folder(a_png="one", b_jpg="two")
+    assert first["init_image"] == first["base_samples"]
+    assert of_folder(c_png="one", d_PNG="two", e_txt="more") == first
+    others = [of_folder(a_png="two", b_jpg="one"), of_folder(a_png="one"), of_folder(a_png="one", b_jpg="2")]
+    assert first not in others
 
 
 def test_another_version_is_another_hash(weights):

@@ -13,6 +13,7 @@ from guided_diffusion.stable_diffusion.attention import MIDDLE, find_layer, self
 from guided_diffusion.stable_diffusion.sampling import latent_guidance
 from guided_diffusion.stable_diffusion.schedulers import (
     SCHEDULERS,
+    calls,
     choose_scheduler,
     diffuse,
     mean_type,
@@ -134,26 +135,33 @@ def averages_outputs(name, kind):
     return name == "pndm" and kind == "v"
 
 
+@pytest.mark.parametrize("made", [5, 3])
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize(("name", "spacing"), [pair for pair in combinations() if pair[0] not in STOCHASTIC])
-def test_a_perfect_network_stays_on_its_straight_line(name, spacing, kind):
-    """x̂_0 always the same: x_t = α_t x_0 + σ_t ε with one ε, so levels and parametrisation are the scheduler's."""
+def test_a_perfect_network_stays_on_its_straight_line(name, spacing, kind, made):
+    """x̂_0 always the same: x_t = α_t x_0 + σ_t ε with one ε, so levels and parametrisation are the scheduler's.
+
+    Also where it begins in the middle, with x_0 under noise, and then that very noise is the ε.
+    """
     if averages_outputs(name, kind):
         pytest.skip("diffusers' PNDM averages v of different noise levels")
     if name in ("ddim", "pndm") and spacing == "linspace":
         pytest.skip("diffusers' class steps as if its timesteps were a whole stride apart, which linspace's are not")
-    scheduler = start(choose_scheduler(golden_scheduler(kind), name, spacing), 5)
-    levels, x0, seen = noise_levels(scheduler), noise(1, 8, 8, seed=5), []
-    assert levels.num_timesteps == len(scheduler.timesteps)
+    scheduler = start(choose_scheduler(golden_scheduler(kind), name, spacing), 5, made=made)
+    left = len(calls(scheduler))
+    levels, x0, seen = noise_levels(scheduler).first(left), noise(1, 8, 8, seed=5), []
+    assert left == {"heun": 2 * made - 1, "kdpm2": 2 * made - 1, "pndm": made + 1}.get(name, made)
 
     def perfect(x_t, t, condition):
         seen.append(levels.eps_from_x0(x_t, t, x0))
         return Prediction(levels, x_t, t, condition, seen[-1], x0, predicts=mean_type(scheduler))
 
-    for state in diffuse(scheduler, perfect, noise(1, 8, 8), {}, []):
+    x_T, image = noise(1, 8, 8), None if made == 5 else x0
+    for state in diffuse(scheduler, perfect, x_T, {}, [], image):
         pass
+    assert len(seen) == left
     for eps in seen:
-        near(eps, seen[0], 1e-3)
+        near(eps, seen[0] if image is None else x_T, 1e-3)
     # Some schedulers end at a noise level of 0.03, not 0.
     assert (state.x - x0).abs().max() < 0.2
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from guided_diffusion.runs.conditions import base_condition
 from guided_diffusion.runs.sample_store import SampleStore
 from guided_diffusion.settings.guidance import GuidanceConfig
 from guided_diffusion.settings.model import NetworkConfig
 from guided_diffusion.settings.options import merge, read_yaml
 from guided_diffusion.storage.checkpoints import load_state_dict
+from guided_diffusion.storage.given_images import GivenImages
 
 STATE = {"weight": torch.arange(40.0).reshape(8, 5), "bias": torch.ones(8)}
 IMAGES = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
@@ -127,14 +127,18 @@ def test_hostile_objects_as_checkpoints(tmp_path, number, suffix):
     assert refused_or(tmp_path / f"x.{suffix}", hostile_objects()[number], load_state_dict) is None
 
 
+def read_base(path):
+    return GivenImages(path, 4, 4, "base_samples", num_classes=5)
+
+
 def test_mutated_base_samples(tmp_path):
     data = npz_bytes(arr_0=IMAGES, arr_1=np.array([0, 3, 1]))
     refused = 0
     for seed in range(60):
-        condition_of = refused_or(tmp_path / "x.npz", mutate(data, seed), lambda path: base_condition(path, 4, 5))
-        refused += condition_of is None
-        if condition_of is not None:
-            assert condition_of(None, [0])["low_res"].shape == (1, 3, 4, 4)
+        images = refused_or(tmp_path / "x.npz", mutate(data, seed), read_base)
+        refused += images is None
+        if images is not None:
+            assert images.read([0]).shape == (1, 3, 4, 4)
     assert refused > 20
 
 
@@ -166,7 +170,7 @@ def bomb(name):
     ids=range(7),
 )
 def test_hostile_base_samples(tmp_path, data):
-    assert refused_or(tmp_path / "x.npz", data, lambda path: base_condition(path, 4, 5)) is None
+    assert refused_or(tmp_path / "x.npz", data, read_base) is None
 
 
 def read_settings(path):
