@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._authors import guidances_of
@@ -119,6 +119,8 @@ class GaussianDiffusion(Diffusion):
         super().__init__(process, model_mean_type, model_var_type, loss_type)
         self.guided_block: dict[str, Any] = {}
         """`sel_attn_block` and `sel_attn_depth`, for `guidance_kwargs`."""
+        self.guided_network: nn.Module | None = None
+        """The network that has this block, where a loop is given a function that calls it."""
 
     def __getattr__(self, name: str) -> Any:
         if name in TABLES and "process" in self.__dict__:
@@ -399,7 +401,7 @@ class GaussianDiffusion(Diffusion):
         of `guidance`, SAG's authors' guide_start, guide_scale and blur_sigma, or PAG's authors' guidance_strategies.
         """
         if guidance_kwargs is not None:
-            guidance = guidances_of(guidance_kwargs, model, self.guided_block, self.num_timesteps)
+            guidance = self._authors_guidance(model, guidance_kwargs)
         x = self._start(model, shape, noise, device, skip_timesteps, init_image)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         step = partial(
@@ -464,7 +466,7 @@ class GaussianDiffusion(Diffusion):
     ) -> Iterator[Result]:
         """DDIM, as `p_sample_loop_progressive`: after every step, what `ddim_sample` returns."""
         if guidance_kwargs is not None:
-            guidance = guidances_of(guidance_kwargs, model, self.guided_block, self.num_timesteps)
+            guidance = self._authors_guidance(model, guidance_kwargs)
         x = self._start(model, shape, noise, device, skip_timesteps, init_image)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         step = partial(
@@ -485,6 +487,7 @@ class GaussianDiffusion(Diffusion):
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
         progress: bool = False,
         *,
         guidance: Guidances = None,
@@ -492,7 +495,8 @@ class GaussianDiffusion(Diffusion):
     ) -> Tensor:
         """The noise x_T that DDIM's deterministic path leads to from `image`, [N, C, H, W] in [−1, 1].
 
-        skip_timesteps: leave out so many of the last steps, for a loop that leaves out the same of the first.
+        device: default the image's. skip_timesteps: leave out so many of the last steps, for a loop that leaves out the
+        same of the first.
         """
         step = partial(
             self.ddim_reverse_sample,
@@ -503,7 +507,12 @@ class GaussianDiffusion(Diffusion):
         )
         steps = range(self.num_timesteps - skip_timesteps)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
-        return _last(self._steps(step, image, steps, denoiser, guidance, None, progress))
+        return _last(self._steps(step, image.to(device), steps, denoiser, guidance, None, progress))
+
+    def _authors_guidance(self, model: Any, guidance_kwargs: Mapping[str, Any]) -> list[Guidance]:
+        is_network = isinstance(model, nn.Module) or self.guided_network is None
+        network = model if is_network else self.guided_network
+        return guidances_of(guidance_kwargs, network, self.guided_block, self.num_timesteps)
 
     def _start(
         self,
@@ -523,7 +532,8 @@ class GaussianDiffusion(Diffusion):
             raise ValueError(f"noise: wanted the shape {list(shape)}, got {list(noise.shape)}")
         if init_image is None and not skip_timesteps:
             return noise
-        image = torch.zeros_like(noise) if init_image is None else init_image.to(noise)
+        # Contiguous: `randn_like` draws in the order of the memory.
+        image = torch.zeros_like(noise) if init_image is None else init_image.to(noise).contiguous()
         first = torch.full((len(noise),), self.num_timesteps - 1 - skip_timesteps, device=noise.device)
         return self.q_sample(image, first, noise=noise)
 
