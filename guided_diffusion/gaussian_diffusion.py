@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._authors import guidances_of
@@ -63,9 +63,6 @@ class _OwnProcess:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._diffusion.process, name)
-
-    def network_timesteps(self, t: Tensor) -> Tensor:
-        return self._diffusion._scale_timesteps(t)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return self._diffusion.q_sample(x0, t, noise=noise)
@@ -122,6 +119,8 @@ class GaussianDiffusion(Diffusion):
         super().__init__(process, model_mean_type, model_var_type, loss_type)
         self.guided_block: dict[str, Any] = {}
         """`sel_attn_block` and `sel_attn_depth`, for `guidance_kwargs`."""
+        self.guided_network: nn.Module | None = None
+        """The network that has this block, where a loop is given a function that calls it."""
 
     def __getattr__(self, name: str) -> Any:
         if name in TABLES and "process" in self.__dict__:
@@ -153,11 +152,17 @@ class GaussianDiffusion(Diffusion):
     def _network(
         self,
         model: Callable[..., Tensor],
+        t: Tensor,
         clip_denoised: bool,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> NetworkDenoiser:
+        """A denoiser of the steps t [N], which tells `model` what `_scale_timesteps` makes of them."""
+
+        def network(x: Tensor, _timesteps: Tensor, **condition: Any) -> Tensor:
+            return model(x, self._scale_timesteps(t), **condition)
+
         process: Any = _OwnProcess(self)
-        return NetworkDenoiser(model, process, self.model_mean_type, self.model_var_type, clip_denoised, denoised_fn)
+        return NetworkDenoiser(network, process, self.model_mean_type, self.model_var_type, clip_denoised, denoised_fn)
 
     def _belief(
         self, out: Result, x: Tensor, t: Tensor, condition: Mapping[str, Any] | None, clip_denoised: bool
@@ -246,7 +251,7 @@ class GaussianDiffusion(Diffusion):
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> Result:
         """`mean`, `variance`, `log_variance` of p(x_{t−1} | x_t) and `pred_xstart`, all of x's shape."""
-        return _MeanVariance(self._network(model, clip_denoised, denoised_fn)(x, t, model_kwargs or {}))
+        return _MeanVariance(self._network(model, t, clip_denoised, denoised_fn)(x, t, model_kwargs or {}))
 
     def condition_mean(
         self,
@@ -396,7 +401,7 @@ class GaussianDiffusion(Diffusion):
         of `guidance`, SAG's authors' guide_start, guide_scale and blur_sigma, or PAG's authors' guidance_strategies.
         """
         if guidance_kwargs is not None:
-            guidance = guidances_of(guidance_kwargs, model, self.guided_block, self.num_timesteps)
+            guidance = self._authors_guidance(model, guidance_kwargs)
         x = self._start(model, shape, noise, device, skip_timesteps, init_image)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         step = partial(
@@ -461,7 +466,7 @@ class GaussianDiffusion(Diffusion):
     ) -> Iterator[Result]:
         """DDIM, as `p_sample_loop_progressive`: after every step, what `ddim_sample` returns."""
         if guidance_kwargs is not None:
-            guidance = guidances_of(guidance_kwargs, model, self.guided_block, self.num_timesteps)
+            guidance = self._authors_guidance(model, guidance_kwargs)
         x = self._start(model, shape, noise, device, skip_timesteps, init_image)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         step = partial(
@@ -482,6 +487,7 @@ class GaussianDiffusion(Diffusion):
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
         progress: bool = False,
         *,
         guidance: Guidances = None,
@@ -489,7 +495,8 @@ class GaussianDiffusion(Diffusion):
     ) -> Tensor:
         """The noise x_T that DDIM's deterministic path leads to from `image`, [N, C, H, W] in [−1, 1].
 
-        skip_timesteps: leave out so many of the last steps, for a loop that leaves out the same of the first.
+        device: default the image's. skip_timesteps: leave out so many of the last steps, for a loop that leaves out the
+        same of the first.
         """
         step = partial(
             self.ddim_reverse_sample,
@@ -500,7 +507,12 @@ class GaussianDiffusion(Diffusion):
         )
         steps = range(self.num_timesteps - skip_timesteps)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
-        return _last(self._steps(step, image, steps, denoiser, guidance, None, progress))
+        return _last(self._steps(step, image.to(device), steps, denoiser, guidance, None, progress))
+
+    def _authors_guidance(self, model: Any, guidance_kwargs: Mapping[str, Any]) -> list[Guidance]:
+        is_network = isinstance(model, nn.Module) or self.guided_network is None
+        network = model if is_network else self.guided_network
+        return guidances_of(guidance_kwargs, network, self.guided_block, self.num_timesteps)
 
     def _start(
         self,
@@ -520,7 +532,8 @@ class GaussianDiffusion(Diffusion):
             raise ValueError(f"noise: wanted the shape {list(shape)}, got {list(noise.shape)}")
         if init_image is None and not skip_timesteps:
             return noise
-        image = torch.zeros_like(noise) if init_image is None else init_image.to(noise)
+        # Contiguous: `randn_like` draws in the order of the memory.
+        image = torch.zeros_like(noise) if init_image is None else init_image.to(noise).contiguous()
         first = torch.full((len(noise),), self.num_timesteps - 1 - skip_timesteps, device=noise.device)
         return self.q_sample(image, first, noise=noise)
 
@@ -596,12 +609,14 @@ class GaussianDiffusion(Diffusion):
         condition = model_kwargs or {}
         noise = torch.randn_like(x_start) if noise is None else noise
 
+        denoiser = self._network(model, t, clip_denoised=False)
+
         def bound(network: Callable[..., Tensor], x_t: Tensor) -> Tensor:
+            own = model if network is denoiser.network else network
             return self._vb_terms_bpd(
-                model=network, x_start=x_start, x_t=x_t, t=t, clip_denoised=False, model_kwargs=condition
+                model=own, x_start=x_start, x_t=x_t, t=t, clip_denoised=False, model_kwargs=condition
             )["output"]
 
-        denoiser = self._network(model, clip_denoised=False)
         return losses.training_losses(denoiser, self.loss_type, x_start, t, condition, noise, bound)
 
     def calc_bpd_loop(

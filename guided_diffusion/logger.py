@@ -91,8 +91,10 @@ class CSVOutputFormat(KVWriter):
     """A line a table; columns may come later."""
 
     def __init__(self, filename: str):
-        Path(filename).unlink(missing_ok=True)
-        self._file = ProgressFile(Path(filename), step=0)
+        path = Path(filename)
+        path.unlink(missing_ok=True)
+        self._file = ProgressFile(path, step=0)
+        path.touch()
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         self._file.add(dict(sorted(_plain(kvs).items())))

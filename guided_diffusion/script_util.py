@@ -6,7 +6,7 @@ looked up here at every call, so that replacing `UNetModel`, `create_model` and 
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from . import gaussian_diffusion as gd
@@ -69,8 +69,15 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
 
 
 def sag_defaults() -> dict[str, Any]:
-    """Flags of self-attention guidance, the authors' and ours, with their defaults."""
-    return asdict(GuidanceConfig()) | {"classifier_guidance": False}
+    """The SAG authors' flags with their defaults, which are other ones than those of our commands."""
+    return {
+        "guide_scale": 1.5,
+        "guide_start": 250,
+        "sel_attn_block": "output",
+        "sel_attn_depth": 2,
+        "blur_sigma": 9.0,
+        "classifier_guidance": False,
+    }
 
 
 def create_model_and_diffusion(
@@ -119,6 +126,8 @@ def create_model_and_diffusion(
     )
     diffusion = create_gaussian_diffusion(steps=diffusion_steps, **{name: given[name] for name in OF_DIFFUSION})
     diffusion.guided_block = _given(sel_attn_block=sel_attn_block, sel_attn_depth=sel_attn_depth)
+    if diffusion.guided_block:
+        diffusion.guided_network = model
     return model, diffusion
 
 
@@ -314,7 +323,7 @@ def create_gaussian_diffusion(
 
 
 def create_guidance(model: UNetModel, **settings: Any) -> Guidance:
-    """Self-attention guidance for the authors' flags and ours (`sag_defaults`)."""
+    """Self-attention guidance for the authors' flags and ours (`GuidanceConfig`)."""
     [config] = merge((GuidanceConfig,), ("create_guidance", settings))
     return build_guidance(model, config)
 

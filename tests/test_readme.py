@@ -1,5 +1,6 @@
 """The Python code of the README and of docs/ runs as it stands."""
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from golden import fill
 from guided_diffusion.networks.attention import record_attention
+from guided_diffusion.respace import SpacedDiffusion
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,11 +66,24 @@ def test_a_block_that_is_not_heard_stops_the_sampling():
         names["diffusion"].p_sample_loop(names["network"], (1, 3, 16, 16), guidance=other)
 
 
+def test_an_override_and_a_guidance_act_together():
+    names = run_blocks("docs/coming_from_guided_diffusion.md", 1)
+    network, guidance, diffusion = fill(names["network"]), names["guidance"], names["diffusion"]
+    assert names["edited"].shape == names["noise"].shape == (2, 3, 32, 32)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([2, 2])
+    found = [diffusion.p_sample(network, x, t, guidance=given)["pred_xstart"] for given in (None, guidance)]
+    diffusion.__class__ = SpacedDiffusion
+    found += [diffusion.p_sample(network, x, t, guidance=given)["pred_xstart"] for given in (None, guidance)]
+    for one, other in itertools.combinations(found, 2):
+        assert not torch.allclose(one, other, atol=1e-4)
+
+
 def test_named_files_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "docs/own_network.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "docs/own_network.md", "docs/coming_from_guided_diffusion.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
-        paths = set(re.findall(r"`((?:guided_diffusion|scripts|configs|tests)/[\w/.]*)`", text))
-        paths |= set(re.findall(r"\]\((?!http)([^)]+)\)", text))
+        paths = {ROOT / path for path in re.findall(r"`((?:guided_diffusion|scripts|configs|tests)/[\w/.]*)`", text)}
+        links = re.findall(r"\]\((?!http)([^)#]+)", text)
+        paths |= {(ROOT / document).parent / link for link in links}
         assert paths
         for path in paths:
-            assert (ROOT / path).exists(), f"{document}: {path}"
+            assert path.exists(), f"{document}: {path}"

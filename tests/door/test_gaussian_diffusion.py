@@ -289,6 +289,14 @@ def test_a_loop_may_begin_in_the_middle():
     diffusion.p_sample_loop(network, image.shape, noise=noise, skip_timesteps=2, init_image=image)
     assert [t for _, t in seen] == diffusion.timestep_map[2::-1]
     torch.testing.assert_close(seen[0][0], diffusion.q_sample(image, torch.tensor([2]), noise))
+
+    in_other_order = torch.rand(1, 8, 8, 3).permute(0, 3, 1, 2)
+    samples = []
+    for first in (in_other_order, in_other_order.contiguous()):
+        torch.manual_seed(0)
+        samples.append(diffusion.p_sample_loop(network, image.shape, noise=noise, skip_timesteps=2, init_image=first))
+    assert torch.equal(*samples)
+
     with pytest.raises(ValueError, match="skip_timesteps: wanted 0 to 4, got 5"):
         diffusion.p_sample_loop(network, image.shape, noise=noise, skip_timesteps=5)
 
@@ -306,7 +314,9 @@ def test_inversion_comes_back_better_with_more_steps():
             return x * (1 - alpha_bar).sqrt() / (alpha_bar * v + 1 - alpha_bar)
 
         skip = steps // 10
-        x = diffusion.ddim_reverse_sample_loop(network, image, clip_denoised=False, skip_timesteps=skip)
+        x = diffusion.ddim_reverse_sample_loop(
+            network, image, clip_denoised=False, device=image.device, skip_timesteps=skip
+        )
         steps_back = range(steps - 1 - skip, -1, -1)
         for number in steps_back:
             x = diffusion.ddim_sample(network, x, torch.tensor([number]), clip_denoised=False)["sample"]
@@ -318,7 +328,7 @@ def test_inversion_comes_back_better_with_more_steps():
 def test_the_authors_guidance_kwargs(model):
     """`sel_attn_…` of the network's builder and `guidance_kwargs` of the loops are the authors' guidance."""
     flags = FLAGS | {"sel_attn_block": "output", "sel_attn_depth": 1}
-    _, diffusion = script_util.create_model_and_diffusion(**flags)
+    own, diffusion = script_util.create_model_and_diffusion(**flags)
     kwargs = {"guide_start": 3, "guide_scale": 1.5, "blur_sigma": 2}
     guidance = script_util.create_guidance(
         model, sel_attn_block="output", sel_attn_depth=1, fidelity="reference", **kwargs
@@ -326,6 +336,10 @@ def test_the_authors_guidance_kwargs(model):
     theirs = sampled(diffusion, model, guidance_kwargs=kwargs)
     assert torch.equal(theirs, sampled(diffusion, model, guidance=guidance))
     assert not torch.equal(theirs, sampled(diffusion, model))
+
+    own.load_state_dict(model.state_dict())
+    by_function = sampled(diffusion, lambda x, t, y=None: own.eval()(x, t), guidance_kwargs=kwargs, device="cpu")
+    assert torch.equal(theirs, by_function)
 
 
 def test_the_pag_authors_guidance_strategies(model):

@@ -13,7 +13,7 @@ import golden
 from guided_diffusion.diffusion import samplers
 from guided_diffusion.diffusion.denoiser import Prediction
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser
-from guided_diffusion.guidance.classifier import ClassifierGradient
+from guided_diffusion.guidance.classifier import ClassifierGradient, with_classifier
 from guided_diffusion.guidance.masks import attention_mask
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks import unet
@@ -86,6 +86,11 @@ class Case:
     def input(self, i):
         return golden.normal(self.seed + 100 + i, self.batch, 3, SIDE, SIDE)
 
+    def guided(self, denoiser, guidance):
+        """A denoiser of one trajectory, with a guidance and the case's classifier."""
+        guided = GuidedDenoiser(denoiser, self.diffusion.process, [guidance])
+        return with_classifier(guided, self.cond_fn) if self.cond_fn else guided
+
     def of_step(self, step, key):
         return self.reference[f"t{step}_{key}"]
 
@@ -129,7 +134,7 @@ def test_step_of_the_sampler(name):
         x0 = process.x0_from_eps(x_t, t, eps)
         base = Prediction(process, x_t, t, case.condition, eps, x0, log_variance.exp(), log_variance, clamp)
         guidance = Known(scale=case.guidance.scale, value=eps - case.of_step(step, "eps_degraded"))
-        guided = case.diffusion.guided(lambda *_, base=base: base, guidance, case.cond_fn)
+        guided = case.guided(lambda *_, base=base: base, guidance)
         advance = samplers.ddim_step if case.ddim else samplers.ddpm_step
         result = advance(guided(x_t, t, case.condition), None)
         if name == ILL_CONDITIONED and step == process.num_timesteps - 1:
@@ -160,7 +165,7 @@ def test_trajectory(name, monkeypatch):
     packed = case.reference["trajectory_masks_packed"].numpy()
     masks = iter(torch.from_numpy(np.unpackbits(packed, axis=-1)).bool())
     guidance = WithMasks(scale=case.guidance.scale, sag=case.guidance, masks=masks)
-    denoiser = case.diffusion.guided(case.diffusion.denoiser(case.network), guidance, case.cond_fn)
+    denoiser = case.guided(case.diffusion.denoiser(case.network), guidance)
     sampler = samplers.ddim if case.ddim else samplers.ddpm
     x_T = golden.normal(case.seed + 3, *shape).to(dtype)
     *_, last = sampler(denoiser, process, x_T, case.condition, noise)

@@ -1,6 +1,6 @@
 """Settings: defaults < file < flags, and what is said of wrong ones."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 
@@ -138,7 +138,7 @@ def test_help_explains_every_guidance_flag(capsys):
     with pytest.raises(SystemExit):
         parse_args("", (*GROUPS, ClassifierGuidanceConfig), ["--help"])
     text = capsys.readouterr().out
-    for flag in sag_defaults():
+    for flag in [*asdict(GuidanceConfig()), "classifier_guidance"]:
         assert f"--{flag} " in text
     for symbol in ("1 + s", "ψ", "σ", "t/T", "x̂_t"):
         assert symbol in text
@@ -153,5 +153,16 @@ def test_upstream_defaults():
     assert classifier_defaults()["classifier_pool"] == "attention"
     assert sr_model_and_diffusion_defaults()["large_size"] == 256
     assert "image_size" not in sr_model_and_diffusion_defaults()
-    assert sag_defaults()["guide_scale"] == 1
-    assert sag_defaults()["guide_start"] == 250
+
+
+def test_the_sag_authors_defaults_are_not_those_of_our_commands():
+    assert sag_defaults() == {
+        "guide_scale": 1.5,
+        "guide_start": 250,
+        "sel_attn_block": "output",
+        "sel_attn_depth": 2,
+        "blur_sigma": 9,
+        "classifier_guidance": False,
+    }
+    assert GuidanceConfig().guide_scale == 1
+    assert GuidanceConfig().guide_start == 250

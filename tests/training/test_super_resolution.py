@@ -1,5 +1,6 @@
 """Training a super-resolution model, and sampling with what it leaves."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.script_util import sr_create_model_and_diffusion, sr_model_and_diffusion_defaults
+from guided_diffusion.script_util import sr_create_model_and_diffusion
 from guided_diffusion.training.loop import TrainLoop
 from running import SCRIPTS, environment, refused, run
 
@@ -47,7 +48,8 @@ def test_training_then_upsampling(flags, tmp_path):
     }  # fmt: skip
     assert json.loads((flags["out_dir"] / "classes.json").read_text()) == ["a", "b"]
     state = torch.load(ema, weights_only=True)
-    names = {key: value for key, value in NETWORK.items() if key in sr_model_and_diffusion_defaults()}
+    known = inspect.signature(sr_create_model_and_diffusion).parameters
+    names = {key: value for key, value in NETWORK.items() if key in known}
     network, _ = sr_create_model_and_diffusion(**names)
     assert {name: tensor.shape for name, tensor in state.items()} == {
         name: tensor.shape for name, tensor in network.state_dict().items()
