@@ -96,7 +96,9 @@ class FrechetDistance:
 
     @property
     def value(self) -> float:
-        return self.mean_term + sum(self.traces) - 2 * self.cross_trace
+        value = self.mean_term + sum(self.traces) - 2 * self.cross_trace
+        # No square is negative; equal Gaussians come out a rounding below 0.
+        return 0.0 if -1e-9 * sum(self.traces) <= value <= 0 else value
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> FrechetDistance:

@@ -95,6 +95,19 @@ def radii(features: Rows, k: int, distances: Distances) -> Tensor:
     return smallest[:, k]
 
 
+def nearest_other(features: Rows, distances: Distances) -> Tensor:
+    """Squared distance of each feature [N, D] to the nearest one that is not the same: [N], 0 where there is none."""
+    same = 2e-3 if distances.half else 4e-6  # of the squared norms: the rounding of a distance that is 0
+    nearest = torch.full((len(features),), torch.inf, device=distances.device)
+    for rows, left in distances.cut(features):
+        for _, right in distances.cut(features):
+            norms = left.square().sum(dim=1)[:, None] + right.square().sum(dim=1)
+            block = distances.between(left, right)
+            others = block.masked_fill_(block <= same * norms, torch.inf)
+            nearest[rows] = torch.minimum(nearest[rows], others.amin(dim=1))
+    return nearest.masked_fill_(nearest.isinf(), 0)
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """Shares, each in [0, 1] (density: at least 0), of samples and reference images; None where not asked for."""
@@ -113,13 +126,13 @@ def neighbours(
 
     precision: share of samples inside a ball around a reference feature that reaches to its k-th nearest other one
     (`<=`); recall: the same with the sides exchanged. density and coverage: Naeem et al., with extended_k. copies:
-    share of samples that are nearer to a reference image than any other reference image is.
+    share of samples that are nearer to a reference image than any other reference image is, its own doubles aside.
     """
     reference_radii, sample_radii = radii(reference, k, distances), radii(samples, k, distances)
     inside_reference = torch.zeros(len(samples), dtype=torch.bool, device=distances.device)
     inside_samples = torch.zeros(len(reference), dtype=torch.bool, device=distances.device)
     if extended_k is not None:
-        wide, nearest = radii(reference, extended_k, distances), radii(reference, 1, distances)
+        wide, nearest = radii(reference, extended_k, distances), nearest_other(reference, distances)
         balls = torch.zeros(len(samples), dtype=torch.int64, device=distances.device)
         covered, copied = torch.zeros_like(inside_samples), torch.zeros_like(inside_reference)
     for rows, left in distances.cut(reference):

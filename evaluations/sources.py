@@ -180,6 +180,9 @@ def _gaussian(path: str, mean_name: str, covariance_name: str) -> Gaussian:
         raise ValueError(
             f"{path}: {covariance_name}: wanted a symmetric matrix, got one that differs by {asymmetry:.2g}"
         )
+    smallest = covariance.diagonal().min(initial=0)
+    if smallest < 0:
+        raise ValueError(f"{path}: {covariance_name}: wanted variances of at least 0, got {smallest:.3g}")
     return Gaussian(mean, (covariance + covariance.T) / 2)
 
 

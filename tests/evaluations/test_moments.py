@@ -64,6 +64,14 @@ def test_identical_sets_are_at_distance_zero(n):
     assert abs(frechet_distance(gaussian, gaussian).value) <= 1e-9
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_distance_of_equal_sets_is_below_zero(seed):
+    x = (np.random.default_rng(seed).standard_normal((200, 24)) * np.geomspace(1, 1e-3, 24)).astype(np.float32)
+    found = frechet_distance(Moments.of(x).gaussian(), Moments.of(x[::-1].copy()).gaussian()).value
+    assert found >= 0
+    assert not np.signbit(found)
+
+
 def test_fewer_samples_than_dimensions():
     x, y = features(6, n=7), features(7, n=300)
     second = Moments.of(y).gaussian()

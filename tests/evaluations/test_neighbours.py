@@ -59,6 +59,18 @@ def test_collapsed_samples_have_no_recall():
     assert (found.precision, found.recall, found.copies) == (1, 0, 1)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_copies_are_seen_where_every_reference_image_is_there_twice(half, shift):
+    reference, others = features(6, 60, d=64, shift=shift), 4 * features(7, 40, d=64) + shift
+    distances = Distances(half, centre=reference.mean(dim=0))
+    doubled = torch.cat([reference, reference])
+    for of in (reference, doubled):
+        assert neighbours(of, reference[:20] + 0.0, distances, 3, 5).copies == 1
+        half_copied = torch.cat([reference[:20], others[:20]])
+        assert neighbours(of, half_copied, distances, 3, 5).copies == 0.5
+
+
 def test_radius_counts_the_distance_to_itself():
     x = torch.tensor([[0.0], [1.0], [3.0], [7.0], [15.0]])
     assert radii(x, 3, Distances()).tolist() == [49, 36, 16, 49, 196]

@@ -194,6 +194,7 @@ def test_a_shard_without_its_about(tmp_path):
         (lambda s: s.update(mu=s["mu"] * np.nan), "mu: wanted finite numbers"),
         (lambda s: s.update(sigma=s["sigma"] + np.inf), "sigma: wanted finite numbers"),
         (lambda s: s.update(sigma=s["sigma"] + np.arange(6)), "sigma: wanted a symmetric matrix"),
+        (lambda s: s.update(sigma=-np.eye(6)), "sigma: wanted variances of at least 0, got -1"),
         (lambda s: s.update(mu=np.zeros(20_000)), "at most 16384 dimensions"),
     ],
 )
