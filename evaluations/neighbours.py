@@ -97,7 +97,7 @@ def radii(features: Rows, k: int, distances: Distances) -> Tensor:
 
 def nearest_other(features: Rows, distances: Distances) -> Tensor:
     """Squared distance of each feature [N, D] to the nearest one that is not the same: [N], 0 where there is none."""
-    same = 2e-3 if distances.half else 4e-6  # of the squared norms: the rounding of a distance that is 0
+    same = 4e-6  # of the squared norms: the rounding of a distance that is 0, in single precision
     nearest = torch.full((len(features),), torch.inf, device=distances.device)
     for rows, left in distances.cut(features):
         for _, right in distances.cut(features):
