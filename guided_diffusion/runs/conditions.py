@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.noise import sample_labels
-from ..settings.sampling import SamplingConfig
+from ..settings.runs import SamplingConfig
 from ..storage.given_images import GivenImages
 
 ConditionOf = Callable[[SamplingConfig, Sequence[int]], dict[str, Tensor]]

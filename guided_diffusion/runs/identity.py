@@ -13,7 +13,7 @@ from .. import __version__
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults
-from ..settings.sampling import SamplingConfig
+from ..settings.runs import SamplingConfig
 from ..storage.fetch import local_path
 from ..storage.files import join, sha256
 from ..storage.images import list_image_files

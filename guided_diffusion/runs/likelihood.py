@@ -17,7 +17,7 @@ from ..diffusion.diffusion import Diffusion
 from ..diffusion.losses import bpd_loop, prior_bpd, vb_terms_bpd
 from ..diffusion.noise import SampleNoise
 from ..settings.options import exit_on_bad_input
-from ..settings.sampling import LikelihoodConfig
+from ..settings.runs import LikelihoodConfig
 from ..storage.files import join, sha256, write_atomically
 from ..storage.images import ImageFolder, check_images
 from .identity import identity, versions

@@ -17,7 +17,7 @@ from ..diffusion.samplers import State
 from ..diffusion.solvers import SAMPLERS
 from ..guidance.base import Guidance, GuidedDenoiser
 from ..guidance.classifier import with_classifier
-from ..settings.sampling import RunConfig, SamplingConfig
+from ..settings.runs import RunConfig, SamplingConfig
 from ..storage import pictures
 from ..storage.given_images import GivenImages
 from .conditions import Classes, ConditionOf, unconditional

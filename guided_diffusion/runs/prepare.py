@@ -18,7 +18,7 @@ from ..networks.inspection import wrong_flags
 from ..settings.guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
 from ..settings.options import configure, resolved
-from ..settings.sampling import NUM_SAMPLES, SamplingConfig
+from ..settings.runs import NUM_SAMPLES, SamplingConfig
 from ..settings.scripts import SCRIPTS
 from ..settings.shipped import shipped
 from ..storage.checkpoints import load_into

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from .analysis import ReportConfig
 from .guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
 from .model import OF_OTHER_SIZES, ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResolutionConfig
-from .sampling import LikelihoodConfig, SamplingConfig, UpsamplingConfig
+from .runs import LikelihoodConfig, SamplingConfig, UpsamplingConfig
 from .stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
 from .training import ClassifierTrainingConfig, TrainingConfig
 

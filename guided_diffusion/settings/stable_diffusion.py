@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .options import option
-from .sampling import RunConfig
+from .runs import RunConfig
 
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn1"
 """The layer that the paper and the public pipeline take for Stable Diffusion."""

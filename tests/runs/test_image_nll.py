@@ -12,7 +12,7 @@ from guided_diffusion.diffusion.noise import SampleNoise
 from guided_diffusion.runs.likelihood import BY_STEP, measure
 from guided_diffusion.runs.ranks import Job
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
-from guided_diffusion.settings.sampling import LikelihoodConfig
+from guided_diffusion.settings.runs import LikelihoodConfig
 from guided_diffusion.storage.images import ImageFolder
 from running import SCRIPTS, mpiexec, refused, run
 from small import SMALL, randomised
