@@ -41,13 +41,10 @@ def drop_previous(folder: Path) -> None:
     (folder / PREVIOUS).unlink(missing_ok=True)
 
 
-def back_to_previous(folder: Path) -> int | None:
-    """Put the kept checkpoint back in place of the newest, which gets another name; its step, None if there is none."""
-    if not (folder / PREVIOUS).is_file():
-        return None
+def back_to_previous(folder: Path) -> None:
+    """Put the kept checkpoint back in place of the newest one, which gets another name."""
     os.replace(folder / CHECKPOINT, folder / SPOILED)
     os.replace(folder / PREVIOUS, folder / CHECKPOINT)
-    return int(read_pt(folder / CHECKPOINT)["step"])
 
 
 def step_of(path: str) -> int:

@@ -74,6 +74,8 @@ class Trainer(ABC):
         self.step = 0
         self.saved: int | None = None
         self.first_loss: float | None = None
+        self.has_previous = (self.out_dir / resume.PREVIOUS).is_file()
+        """Whether the checkpoint before the newest is there, as no loss of the newest one's weights is known yet."""
         if self.checkpoint_path.is_file():
             if config.resume == "never":
                 raise ValueError(f"resume: never, but {config.out_dir} holds a run; give another --out_dir")
@@ -162,8 +164,10 @@ class Trainer(ABC):
         t, signals, *values = self.ranks.gather(torch.stack([column.float() for column in columns]))
         losses = dict(zip(losses, values, strict=True))
         self._check(losses["loss"], norm)
-        if self.is_first and self.saved == self.step:
-            resume.drop_previous(self.out_dir)
+        if self.has_previous and self.saved == self.step:
+            self.has_previous = False
+            if self.is_first:
+                resume.drop_previous(self.out_dir)
         self.schedule_sampler.update(t.long(), losses["loss"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(self.step)
@@ -208,12 +212,13 @@ class Trainer(ABC):
         if self.saved < self.step:
             return f"{self.checkpoint_path} of step {self.saved} is good, to go on from with a smaller --lr"
         # The weights that were saved last are those that this loss is of.
-        before = resume.back_to_previous(self.out_dir) if self.is_first else None
-        if before is None:
+        if not self.has_previous:
             return f"{self.checkpoint_path} holds the weights of this loss; begin with older ones (--resume_checkpoint)"
+        if self.is_first:
+            resume.back_to_previous(self.out_dir)
         return (
-            f"the checkpoint of this step is called {resume.SPOILED} now, and {self.checkpoint_path} is that of step "
-            f"{before} again, to go on from with a smaller --lr"
+            f"the checkpoint of this step is called {resume.SPOILED} now, and {self.checkpoint_path} is the one before "
+            "it again, to go on from with a smaller --lr"
         )
 
     @abstractmethod
@@ -236,6 +241,7 @@ class Trainer(ABC):
             resume.keep_previous(self.out_dir)
             save_atomically(self._state(), self.checkpoint_path)
             resume.prune(self.out_dir, weights, self.config.keep)
+        self.has_previous = self.saved is not None
         self.saved = self.step
 
     def _state(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_the_loss_falls_and_the_log_has_both_accuracies(tmp_path):
     assert float(lines[-1]["loss"]) < 0.8 * float(lines[0]["loss"])
     assert {"acc@1", "acc@1_q0", "val_loss", "val_acc@1"} <= set(lines[0])
     assert {path.name for path in tmp_path.glob("*.pt")} == {
-        "checkpoint.pt", "model000010.pt", "model000020.pt", "model000030.pt"
+        "checkpoint.pt", "checkpoint_before.pt", "model000010.pt", "model000020.pt", "model000030.pt"
     }  # fmt: skip
 
 

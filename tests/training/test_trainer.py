@@ -159,7 +159,7 @@ def test_a_spoiled_checkpoint_gives_way_to_the_one_before(tmp_path):
     second.diffusion.training_losses = exploding
     with pytest.raises(FloatingPointError) as stop:
         second.run()
-    assert f"checkpoint_spoiled.pt now, and {tmp_path}/checkpoint.pt is that of step 5 again" in str(stop.value)
+    assert f"checkpoint_spoiled.pt now, and {tmp_path}/checkpoint.pt is the one before it again" in str(stop.value)
     third = loop_of(tmp_path, lr_anneal_steps=8)
     assert third.step == 5
     third.run()

@@ -101,7 +101,8 @@ def test_a_run_prunes_its_weights_and_sweeps_what_a_killed_one_left(tmp_path):
     (tmp_path / ".checkpoint.pt.k1ll3d").touch()
     loop_of(tmp_path, lr_anneal_steps=5, save_interval=1, keep=2, log_interval=1, ema_rate="0.9").run()
     assert {path.name for path in tmp_path.iterdir()} == {
-        "checkpoint.pt", "progress.csv", "model000004.pt", "model000005.pt", "ema_0.9_000004.pt", "ema_0.9_000005.pt",
+        "checkpoint.pt", "checkpoint_before.pt", "progress.csv",
+        "model000004.pt", "model000005.pt", "ema_0.9_000004.pt", "ema_0.9_000005.pt",
     }  # fmt: skip
 
 

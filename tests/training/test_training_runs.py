@@ -125,8 +125,8 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(tmp_path, launcher):
     assert process.returncode
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert set(said) == {
-        f"error: step 1: the loss is nan at rows 2 of the batch; {tmp_path}/run/checkpoint.pt of step 1 is good, to go "
-        "on from with a smaller --lr"
+        f"error: step 1: the loss is nan at rows 2 of the batch; {tmp_path}/run/checkpoint.pt holds the weights of "
+        "this loss; begin with older ones (--resume_checkpoint)"
     }
     assert errors.count("Traceback") == (launcher == "torchrun")  # its own, about a rank that failed
     assert checkpoint(tmp_path / "run")["step"] == 1
