@@ -360,3 +360,42 @@ def test_the_pag_authors_guidance_strategies(model):
     assert not torch.equal(theirs, sampled(diffusion, model))
     with pytest.raises(ValueError, match="guidance_kwargs: drop_rate: wanted guide_start, guide_scale, blur_sigma"):
         diffusion.p_sample_loop(model, SHAPE, guidance_kwargs={"drop_rate": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "builder"),
+    [
+        ("UNetModel", lambda: script_util.create_model_and_diffusion(**FLAGS)),
+        ("create_model", lambda: script_util.create_model_and_diffusion(**FLAGS)),
+        ("create_gaussian_diffusion", lambda: script_util.create_model_and_diffusion(**FLAGS)),
+        ("SpacedDiffusion", lambda: script_util.create_gaussian_diffusion()),
+        ("space_timesteps", lambda: script_util.create_gaussian_diffusion()),
+        ("EncoderUNetModel", lambda: script_util.create_classifier_and_diffusion(classifier_width=64)),
+        ("create_classifier", lambda: script_util.create_classifier_and_diffusion(classifier_width=64)),
+        ("SuperResModel", lambda: script_util.sr_create_model_and_diffusion(64, 16, num_channels=32)),
+        ("sr_create_model", lambda: script_util.sr_create_model_and_diffusion(64, 16, num_channels=32)),
+    ],
+)
+def test_what_a_builder_uses_may_be_replaced(monkeypatch, name, builder):
+    seen, original = [], getattr(script_util, name)
+
+    def mine(*arguments, **more):
+        seen.append(name)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(script_util, name, mine)
+    builder()
+    assert seen
+
+
+def test_all_steps_are_kept_where_no_respacing_is_given():
+    for respacing in (None, "", [100]):
+        flags = FLAGS | {"timestep_respacing": respacing}
+        assert script_util.create_model_and_diffusion(**flags)[1].num_timesteps == 100
+
+
+def test_another_number_of_classes_for_all_networks(monkeypatch):
+    monkeypatch.setattr(script_util, "NUM_CLASSES", 7)
+    network, _ = script_util.create_model_and_diffusion(**FLAGS, class_cond=True)
+    assert network.label_emb.weight.shape[0] == 7
+    assert script_util.create_classifier(classifier_width=64).out[-1].c_proj.weight.shape[0] == 7
