@@ -135,16 +135,25 @@ def _beliefs(
 def stacked(first: Any, second: Any, rows: int) -> Any:
     """Two conditions as one of 2·rows rows: tensors of `rows` rows are joined, also inside of dicts and lists.
 
-    Anything else is shared by all rows and taken from `first`. A ValueError if the two have different keys.
+    So are tensors of a single row that differ: it stands for all rows. Anything else is shared by all rows and must be
+    the same in both: a ValueError if it is not, or if the two have different keys.
     """
-    if isinstance(first, Tensor):
-        return torch.cat([first, second]) if first.ndim and len(first) == rows else first
     if isinstance(first, Mapping):
         if first.keys() != second.keys():
             raise ValueError(f"null condition: wanted the keys {sorted(first)}, got {sorted(second)}")
         return {name: stacked(value, second[name], rows) for name, value in first.items()}
     if isinstance(first, (list, tuple)):
         return type(first)(stacked(one, other, rows) for one, other in zip(first, second, strict=True))
+    if isinstance(first, Tensor):
+        if first.ndim and len(first) == rows:
+            return torch.cat([first, second])
+        if first is second or torch.equal(first, second):
+            return first
+        if first.ndim and len(first) == 1:
+            return torch.cat([part.expand(rows, *part.shape[1:]) for part in (first, second)])
+        raise ValueError(f"condition: wanted tensors of {rows} rows or of one, got {list(first.shape)}")
+    if first is not second and first != second:
+        raise ValueError(f"null condition: {first!r} and {second!r} cannot stand in one batch; only tensors may differ")
     return first
 
 

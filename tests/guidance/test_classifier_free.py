@@ -190,6 +190,37 @@ def test_conditions_are_joined_where_they_have_rows():
         stacked({"y": shared}, {"z": shared}, 2)
 
 
+def test_one_row_of_a_condition_stands_for_all():
+    both = stacked({"y": torch.tensor([2])}, {"y": torch.tensor([4])}, 3)
+    assert both["y"].tolist() == [2, 2, 2, 4, 4, 4]
+    low_res = torch.ones(3, 2)
+    assert stacked({"low_res": low_res}, {"low_res": low_res}, 3)["low_res"].shape == (6, 2)
+    embedding = torch.ones(1, 2, 5)
+    assert stacked(embedding, 0 * embedding, 2).shape == (4, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(torch.tensor([1, 2]), torch.tensor([4, 4])), (torch.tensor(1.0), torch.tensor(2.0)), ("a cat", ""), (3, 4)],
+)
+def test_what_differs_and_cannot_be_joined_is_refused(first, second):
+    with pytest.raises(ValueError, match=r"rows or of one|only tensors may differ"):
+        stacked({"y": first}, {"y": second}, 3)
+
+
+def test_one_label_for_a_batch_is_guided_like_a_label_each(small_conditional):
+    network, diffusion = small_conditional
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def sampled(labels, **more):
+        kwargs = {"y": torch.tensor(labels)}
+        return diffusion.ddim_sample_loop(network, noise.shape, noise=noise, model_kwargs=kwargs, **more)
+
+    guidance = ClassifierFreeGuidance(scale=3.0, null=null_class(4))
+    torch.testing.assert_close(sampled([2], guidance=guidance), sampled([2, 2], guidance=guidance))
+    assert not torch.allclose(sampled([2], guidance=guidance), sampled([2]), atol=1e-3)
+
+
 def test_two_null_conditions_are_refused():
     other = ClassifierFreeGuidance(scale=1.0, null=null_class(0))
     with pytest.raises(ValueError, match="different null conditions"):
