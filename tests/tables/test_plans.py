@@ -52,7 +52,7 @@ def network_of(config, learn_sigma):
 
 def guidances(settings):
     network = network_of(settings.network, settings.diffusion.learn_sigma)
-    return guidances_of(settings.sag, settings.others, network, settings.network, settings.runs.labels)
+    return guidances_of(settings.sag, settings.others, network, settings.network, settings.sampling.labels)
 
 
 def classifier_scale(settings):
@@ -64,7 +64,7 @@ def what_it_is(row):
     """A row's run in the words of published.json."""
     settings = settings_of(row)
     return {
-        "weights": settings.runs.model_path.rpartition("/")[2],
+        "weights": settings.sampling.model_path.rpartition("/")[2],
         "s": settings.sag.scale,
         "psi": settings.sag.sag_threshold,
         "sigma": settings.sag.blur_sigma,
@@ -73,7 +73,7 @@ def what_it_is(row):
         "share": settings.sag.sag_mask_share,
         "cg": classifier_scale(settings),
         "steps": build_diffusion(settings.diffusion).num_timesteps,
-        "samples": settings.runs.num_samples,
+        "samples": settings.sampling.num_samples,
         "reference": row.reference.rpartition("/VIRTUAL_")[2].removesuffix(".npz"),
     }
 
