@@ -6,6 +6,7 @@ one, or an instance with one patched, takes effect in every loop.
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._authors import guidances_of
+from ._patchable import Patchable
 from .diffusion import losses, samplers
 from .diffusion.denoiser import Denoiser, ModelMeanType, ModelVarType, NetworkDenoiser, Prediction
 from .diffusion.diffusion import Diffusion
@@ -88,12 +90,19 @@ class _MeanVariance(dict):
         super().__init__(
             mean=belief.mean, variance=belief.variance, log_variance=belief.log_variance, pred_xstart=belief.x0
         )
-        self._belief, self._values = belief, dict(self)
+        self._belief, self._values = belief, {name: (value, _version(value)) for name, value in self.items()}
 
     def belief(self) -> Prediction | None:
-        """The belief, if the values are still its own."""
-        same = all(self.get(name) is value for name, value in self._values.items())
+        """The belief, if the values are still its own: neither replaced nor changed in place."""
+        same = all(
+            self.get(name) is value and _version(value) == version for name, (value, version) in self._values.items()
+        )
         return self._belief if same else None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as far as torch counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class GaussianDiffusion(Diffusion):
@@ -217,7 +226,7 @@ class GaussianDiffusion(Diffusion):
         return (
             self.process.at("sqrt_alphas_cumprod", t, x_start) * x_start,
             _extract_into_tensor(1 - self.process.alphas_cumprod, t, x_start.shape),
-            _extract_into_tensor(self.process.log_one_minus_alphas_cumprod, t, x_start.shape),
+            self.process.at("log_one_minus_alphas_cumprod", t, x_start).expand_as(x_start),
         )
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -228,8 +237,8 @@ class GaussianDiffusion(Diffusion):
         """Mean, variance and (clipped) log variance of q(x_{t−1} | x_t, x_0), all of x_t's shape."""
         return (
             self.process.q_posterior_mean(x_start, x_t, t),
-            _extract_into_tensor(self.process.posterior_variance, t, x_t.shape),
-            _extract_into_tensor(self.process.posterior_log_variance_clipped, t, x_t.shape),
+            self.process.at("posterior_variance", t, x_t).expand_as(x_t),
+            self.process.at("posterior_log_variance_clipped", t, x_t).expand_as(x_t),
         )
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -608,7 +617,6 @@ class GaussianDiffusion(Diffusion):
         """`loss` [N] of a batch in [−1, 1], and its parts `mse` and `vb` where there are two."""
         condition = model_kwargs or {}
         noise = torch.randn_like(x_start) if noise is None else noise
-
         denoiser = self._network(model, t, clip_denoised=False)
 
         def bound(network: Callable[..., Tensor], x_t: Tensor) -> Tensor:
@@ -654,3 +662,7 @@ def _takes(method: Callable[..., Any], name: str) -> None:
     parameters = inspect.signature(method).parameters.values()
     if not any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters):
         raise TypeError(f"{getattr(method, '__qualname__', method)} takes no `{name}`: add it, or pass no {name}")
+
+
+# What this module has from the rooms, like `betas_for_alpha_bar` and `normal_kl`, may be patched here, as upstream.
+sys.modules[__name__].__class__ = Patchable

@@ -3,6 +3,7 @@
 tests/data/door/numbers.npz holds what guided-diffusion (at 22e0df8) made of the same cases: float32, on a CPU.
 """
 
+import math
 from contextlib import nullcontext
 from functools import partial
 
@@ -143,6 +144,20 @@ def test_a_patched_schedule(monkeypatch):
     equal_to_upstream("patched_schedule", torch.from_numpy(script_util.create_model_and_diffusion(**FLAGS)[1].betas))
 
 
+def test_what_the_schedules_and_the_bound_are_made_of_may_be_patched(model, monkeypatch):
+    """Names that the module has from others, and that its functions look up: as upstream, a patch of them acts."""
+    x0, t = torch.zeros(SHAPE), torch.tensor([1, 3])
+    before = diffusion_of()._vb_terms_bpd(model, x0, x0, t)["output"]
+    cosine = gd.get_named_beta_schedule("cosine", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(gd, "normal_kl", lambda *_: torch.full(SHAPE, math.log(2)))
+        patch.setattr(gd, "betas_for_alpha_bar", lambda steps, *_: np.full(steps, 0.25))
+        assert diffusion_of()._vb_terms_bpd(model, x0, x0, t)["output"].tolist() == pytest.approx([1, 1])
+        assert gd.get_named_beta_schedule("cosine", 10).tolist() == [0.25] * 10
+    assert torch.equal(diffusion_of()._vb_terms_bpd(model, x0, x0, t)["output"], before)
+    assert np.array_equal(gd.get_named_beta_schedule("cosine", 10), cosine)
+
+
 def test_arguments_by_place():
     network = script_util.create_model(32, 32, 1, "1,2", True)
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -224,8 +239,9 @@ class Constant(Guidance):
         return torch.ones_like(step.base.x_t)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_an_override_and_a_guidance_compose(loop):
+def test_an_override_and_a_guidance_compose(loop, in_place):
     """A client's pred_xstart or mean stays as the client made it, and guidance moves it by what guidance moves."""
     network = lambda x, t, **_condition: torch.cat([0.1 * x, 0 * x], dim=1)  # noqa: E731
     x = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -233,6 +249,10 @@ def test_an_override_and_a_guidance_compose(loop):
 
     def p_mean_variance(self, *arguments, **more):
         out = SpacedDiffusion.p_mean_variance(self, *arguments, **more)
+        if in_place:
+            out["mean"] += 0.25
+            out["pred_xstart"] -= 0.5
+            return out
         return {**out, "mean": out["mean"] + 0.25, "pred_xstart": out["pred_xstart"] - 0.5}
 
     def one_step(diffusion, guidance):
