@@ -221,3 +221,16 @@ def test_the_manifest_tells_how_samples_were_made(store):
     assert manifest["hash"] == store.hash
     assert manifest["samples"] == 10
     assert manifest["guidance"] == "off"
+
+
+def test_clearing_leaves_nothing_of_an_earlier_run_and_all_that_is_not_of_one(store, tmp_path):
+    """An old npz beside a new manifest would be taken for the new run's."""
+    fill(store)
+    store.merge()
+    store.write_manifest({})
+    of_others = ["notes.txt", "model000100.pt", "ema_0.9_000100.pt", "samples_000100.png", "my_samples_4x4x4x3.npz"]
+    for name in ["grid.png", "config.yaml", "comparison.png", "samples_6x4x4x3.npz", *of_others]:
+        (tmp_path / "run" / name).touch()
+    store.clear()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(of_others)
+    store.clear()
