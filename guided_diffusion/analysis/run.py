@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from ..guidance.blur import check_blur
 from ..networks.attention import Attends
-from ..runs.identity import versions
 from ..runs.pipeline import ImagePipeline
+from ..runs.provenance import versions
 from ..settings.analysis import ReportConfig
 from ..settings.options import exit_on_bad_input
 from ..stable_diffusion.sampling import LatentPipeline

@@ -1,15 +1,9 @@
-"""What makes samples what they are: the identity of a run, its folder, and the versions that made it."""
+"""What makes samples what they are: the identity of a run, and its folder."""
 
 import os
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from .. import __version__
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults
@@ -84,13 +78,3 @@ def output_folder(pipeline: Pipeline, made_of: dict[str, Any]) -> str:
     """Where a run writes: --out_dir, else $OPENAI_LOGDIR, else runs/MODEL-HASH."""
     name = f"{pipeline.name}-{settings_hash(made_of)[:8]}"
     return pipeline.config.out_dir or os.environ.get("OPENAI_LOGDIR") or join("runs", name)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a result."""
-    return {
-        "guided_diffusion": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    } | {name: sys.modules[name].__version__ for name in ("diffusers", "transformers") if sys.modules.get(name)}

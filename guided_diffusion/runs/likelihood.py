@@ -1,6 +1,7 @@
 """The likelihood of a folder of images under a model, in bits per dimension, measured by all ranks of a job."""
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from ..settings.options import exit_on_bad_input
 from ..settings.runs import LikelihoodConfig
 from ..storage.files import join, sha256, write_atomically
 from ..storage.images import ImageFolder, check_images
-from .identity import identity, versions
+from .identity import identity
 from .progress import Progress
+from .provenance import distinct, made_by, what_differs
 from .ranks import Job, new_key
 from .shards import Shards
 
@@ -110,6 +112,8 @@ def measure(
     `vb` in bits/dim, `mse` and `xstart_mse`, [T], the last step first).
     """
     count, key = min(config.num_samples, len(images)), new_key("nll")
+    parameter = next(network.parameters())
+    maker = made_by(parameter.device, parameter.dtype)
     with ExitStack() as stack:
         made_of, todo = {}, []
         if job.rank == 0:
@@ -132,7 +136,7 @@ def measure(
                 known_by = which(images, indices)
             measured = _bound(images, indices, network, diffusion, config, progress)
             with exit_on_bad_input():
-                store.write_arrays(number, measured | known_by, diffusion.num_timesteps)
+                store.write_arrays(number, measured | known_by, diffusion.num_timesteps, maker)
         progress.close()
         result = None
         if job.rank == 0:
@@ -149,15 +153,18 @@ def _mean(values: NDArray[np.float64]) -> dict[str, float | None]:
 
 
 def _result(store: Measurements, settings: dict[str, Any]) -> dict[str, Any]:
-    totals, priors = [], []
+    totals, priors, makers = [], [], []
     sums = {name: np.zeros(store.num_steps) for name in BY_STEP}
     for number in store.shards:
-        found, _ = store.read_arrays(number)
+        found, made = store.read_arrays(number)
+        makers.append((made.samples, made.by))
         measured = {name: found[name].astype(np.float64) for name in ("prior_bpd", *BY_STEP)}
         priors.append(measured["prior_bpd"])
         totals.append(measured["prior_bpd"] + measured["vb"].sum(axis=1))
         for name in BY_STEP:
             sums[name] += measured[name].sum(axis=0)
+    makers = distinct(makers)
+    sys.stderr.write(what_differs(makers))
     terms = {name: total / store.num_samples for name, total in sums.items()}
     result = {
         "total_bpd": _mean(np.concatenate(totals)),
@@ -165,7 +172,7 @@ def _result(store: Measurements, settings: dict[str, Any]) -> dict[str, Any]:
         "n": store.num_samples,
         "network_evaluations_per_image": store.num_steps,
         "settings": settings,
-        "versions": versions(),
+        "made_by": makers,
     }
     write_atomically(join(store.folder, "terms.npz"), lambda file: np.savez(file, **terms))
     text = json.dumps(result, indent=1, ensure_ascii=False).encode()

@@ -30,7 +30,11 @@ class RunConfig:
         0.5, "share of the steps that are made of an init_image: near 0 it comes back, 1 is all steps", later=True
     )
     out_dir: str = option("", "folder to write to; empty: $OPENAI_LOGDIR, else runs/ and a name made of the settings")
-    overwrite: bool = option(False, "delete what an earlier run left in the folder")
+    overwrite: bool = option(
+        False,
+        "delete what an earlier run left in the folder; a job that Slurm, LSF or torchrun starts again keeps what its "
+        "earlier start made with the same settings",
+    )
     png: bool = option(False, "write the samples as PNGs too: images/000000.png and so on")
     grace: float = option(0.0, "seconds that SIGTERM and Ctrl-C leave for finishing the shard in hand")
     log_json: bool = option(False, "progress as JSON lines on stderr, for schedulers")

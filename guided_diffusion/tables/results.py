@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..runs.identity import versions
+from ..runs.provenance import device_name, versions
 from ..storage.files import write_atomically
 from . import comparison, report
 from .plans import Plan, Row
@@ -70,7 +70,7 @@ def write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]], device: 
             "pr_dtype": plan.pr_dtype,
             "common_n": plan.common_n,
             "groups": dict(plan.groups),
-            "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "device": device_name(device),
             "versions": versions(),
             "rows": rows,
         }

@@ -62,7 +62,12 @@ def null_label(network: NetworkConfig) -> int | None:
 
 
 def write_description(out_dir: str, settings: dict[str, Any], classes: Sequence[str]) -> None:
-    """Leave what a sampler's --config reads of the network, config.yaml, and its classes' names, classes.json."""
+    """Leave what a sampler's --config reads of the network, config.yaml, and its classes' names, classes.json.
+
+    A ValueError where the folder is of a run of samples, whose settings these would overwrite.
+    """
+    if (Path(out_dir) / "manifest.json").exists():
+        raise ValueError(f"out_dir: {out_dir} holds samples of a run and its config.yaml; give training another folder")
     text = yaml.safe_dump(settings, sort_keys=False)
     write_atomically(Path(out_dir) / "config.yaml", lambda file: file.write(text.encode()))
     if classes:

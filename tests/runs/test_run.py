@@ -91,6 +91,40 @@ def test_other_settings_in_the_same_folder_are_refused(flags, capsys, weights, t
     assert result(flags["out_dir"]) != first
 
 
+def test_a_start_that_makes_nothing_leaves_what_is_known_of_the_making(flags):
+    run("image_sample", **flags)
+    path = flags["out_dir"] / "manifest.json"
+    first = json.loads(path.read_text())
+    assert first["made_by"][0]["device"] == "cpu"
+    assert first["made_by"][0]["samples"] == first["samples_made_now"] == 10
+    path.write_text(json.dumps(first | {"seconds": 1234.5, "ranks": 8}))
+    run("image_sample", **flags)
+    again = json.loads(path.read_text())
+    assert again == first | {"seconds": 1234.5, "ranks": 8}
+
+
+def test_overwriting_clears_once_in_a_job_that_is_started_again(flags, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run("image_sample", **flags, overwrite=True)
+    first = json.loads((flags["out_dir"] / "manifest.json").read_text())
+    shard = flags["out_dir"] / "shards" / "shard_000001.npz"
+    shard.unlink()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    run("image_sample", **flags, overwrite=True)
+    assert "4 samples in" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    run("image_sample", **flags, overwrite=True)
+    assert "0 samples in" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    run("image_sample", **flags, overwrite=True)
+    assert "10 samples in" in capsys.readouterr().out
+    assert json.loads((flags["out_dir"] / "manifest.json").read_text())["hash"] == first["hash"]
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    run("image_sample", **flags, overwrite=True)
+    assert "10 samples in" in capsys.readouterr().out
+
+
 def test_an_unwritable_folder_is_refused(flags, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     refused(capsys, "image_sample", **flags | {"out_dir": tmp_path / "file" / "below"})
