@@ -11,7 +11,7 @@ from torch import Tensor
 from ..settings.options import check_seed
 
 # The purpose of a stream and the step stand in the high words of Philox's counter, so streams never meet.
-X_T, STEP, LABEL, MASK, ORDER, CROP, TRAINING, VALIDATION, DROPOUT = range(9)
+X_T, STEP, LABEL, MASK, ORDER, CROP, TRAINING, VALIDATION, DROPOUT, CHOICE = range(10)
 
 _drawing = ThreadPoolExecutor(1, thread_name_prefix="noise")
 

@@ -124,10 +124,13 @@ class LikelihoodConfig:
 
     data_dir: str = option("", "folder of images (any depth); label_name.png gives the class, where there are classes")
     model_path: str = option("", "weights of the network: .pt or .safetensors, local or what blobfile opens", path=True)
-    num_samples: int = option(1000, "images to measure: the first by name, or all if there are fewer")
+    num_samples: int = option(1000, "images to measure, or all if there are fewer")
+    draw: bool = option(
+        True, "which images: a random draw by the seed, of which fewer are the beginning; False: the first by name"
+    )
     batch_size: int = option(1, "images at a time")
     clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
-    seed: int = option(0, "the noise of image i depends on the seed and on i alone")
+    seed: int = option(0, "of the draw, and of the noise of image i by name, which depends on seed and i alone")
     out_dir: str = option("runs/nll", "folder to write to; the same command goes on from there")
     json: bool = option(False, "print the result as JSON")
 
