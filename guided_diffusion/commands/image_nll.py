@@ -12,14 +12,13 @@ beginnings of the file names (label_name.png) in sorted order, as in training. W
       --data_dir PICTURES --batch_size 64
 """
 
-import json
-
 from ..diffusion.diffusion import build_diffusion
 from ..networks.building import build_network, fill, make_ready, unfilled
 from ..runs.likelihood import measure
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
+from ..storage.files import json_text
 from ..storage.images import ImageFolder
 
 
@@ -43,7 +42,7 @@ def main() -> None:
     if result is None:
         return
     if likelihood.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json_text(result))
         return
     total, prior = result["total_bpd"], result["prior_bpd"]
     error = "" if total["error"] is None else f" ± {total['error']:.4f}"

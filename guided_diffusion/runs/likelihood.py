@@ -20,11 +20,10 @@ from ..diffusion.losses import bpd_loop, prior_bpd, vb_terms_bpd
 from ..diffusion.noise import CHOICE, SampleNoise, generator
 from ..settings.options import exit_on_bad_input
 from ..settings.runs import LikelihoodConfig
-from ..storage.files import join, sha256, write_atomically
+from ..storage.files import join, json_text, sha256, write_atomically
 from ..storage.images import ImageFolder, check_images
-from .identity import identity
+from .identity import distinct, identity, made_by, what_differs
 from .progress import Progress
-from .provenance import distinct, made_by, what_differs
 from .ranks import Job, new_key
 from .shards import Shards
 
@@ -194,6 +193,6 @@ def _result(store: Measurements, settings: dict[str, Any], images: dict[str, Any
         "made_by": makers,
     }
     write_atomically(join(store.folder, "terms.npz"), lambda file: np.savez(file, **terms))
-    text = json.dumps(result, indent=1, ensure_ascii=False).encode()
+    text = json_text(result, indent=1).encode()
     write_atomically(join(store.folder, "nll.json"), lambda file: file.write(text))
     return result

@@ -1,6 +1,5 @@
 """What a run shows while it works, and how it is stopped."""
 
-import json
 import signal
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..storage.files import json_text
 from .ranks import Job
 
 SECONDS_BETWEEN_LINES = 10
@@ -48,7 +48,7 @@ class Progress:
             "images_per_s": round(rate, 3),
             "seconds_left": round(left / rate) if rate else None,
         }
-        text = json.dumps(line) if self._json else ", ".join(f"{key} {value}" for key, value in line.items())
+        text = json_text(line) if self._json else ", ".join(f"{key} {value}" for key, value in line.items())
         sys.stderr.write(f"{text}\n")
 
     def close(self) -> None:

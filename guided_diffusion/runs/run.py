@@ -17,11 +17,10 @@ from ..settings.options import exit_on_bad_input
 from ..storage import pictures
 from ..storage.files import join, write_atomically
 from .batch_size import chosen_batch_size, memory_said
-from .identity import identity, output_folder
+from .identity import distinct, identity, made_by, output_folder, what_differs
 from .pipeline import Observer, Pipeline, make_shard
 from .progress import Progress, Signals
-from .provenance import distinct, jobs, made_by, what_differs
-from .ranks import Job, new_key
+from .ranks import Job, jobs, new_key
 from .sample_store import SampleStore, read_manifest
 
 GRID_SAMPLES = 64

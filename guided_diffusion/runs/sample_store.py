@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..storage import pictures
-from ..storage.files import is_address, join, write_atomically
-from .provenance import jobs
+from ..storage.files import is_address, join, json_text, plain, write_atomically
+from .ranks import jobs
 from .shards import Made, Shards
 
 RESULT = re.compile(r"samples_\d+(x\d+)*\.npz|grid\.png|comparison\.png|config\.yaml")
@@ -66,7 +66,7 @@ class SampleStore(Shards):
         theirs = read_manifest(self.folder).get("identity")
         if not isinstance(theirs, dict):
             return f"{self.manifest_path} is damaged and is written again; shards tell by themselves what they are\n"
-        ours = json.loads(json.dumps(dict(self.identity)))
+        theirs, ours = plain(theirs), plain(dict(self.identity))
         different = [
             f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}"
             for key in sorted(theirs.keys() | ours.keys())
@@ -118,12 +118,12 @@ class SampleStore(Shards):
     def write_manifest(self, about: Mapping[str, Any]) -> None:
         """Write manifest.json: the identity, its hash, and what is known about the run."""
         manifest = {"identity": self.identity, "hash": self.hash, "samples": self.num_samples, **about}
-        write_atomically(self.manifest_path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        write_atomically(self.manifest_path, lambda file: file.write(json_text(manifest, indent=1).encode()))
 
-    def write(self, number: int, shard: Shard, made_by: Mapping[str, Any]) -> None:
-        """Write a shard. made_by: as `provenance.made_by`."""
+    def write(self, number: int, shard: Shard, made_by: Mapping[str, Any] | None = None) -> None:
+        """Write a shard. made_by: as `identity.made_by`, None if not known."""
         labels = {} if shard.labels is None else {"arr_1": shard.labels}
-        self.write_arrays(number, {"arr_0": shard.images, **labels}, shard.evaluations, made_by)
+        self.write_arrays(number, {"arr_0": shard.images, **labels}, shard.evaluations, made_by or {})
 
     def read(self, number: int) -> Shard:
         """A shard; `DamagedError` if it is not what this run would write."""

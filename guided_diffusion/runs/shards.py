@@ -116,7 +116,7 @@ class Shards(ABC):
         return True
 
     def write_arrays(self, number: int, arrays: Arrays, evaluations: float, made_by: Mapping[str, Any]) -> None:
-        """Write a shard. evaluations: of the network, for each of its samples. made_by: as `provenance.made_by`."""
+        """Write a shard. evaluations: of the network, for each of its samples. made_by: as `identity.made_by`."""
         about = {
             "hash": self.hash,
             "seed": self.identity.get("seed"),

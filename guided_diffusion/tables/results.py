@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..runs.provenance import device_name, versions
-from ..storage.files import write_atomically
+from ..runs.identity import device_name, versions
+from ..storage.files import json_text, write_atomically
 from . import comparison, report
 from .plans import Plan, Row
 
@@ -76,7 +76,7 @@ def write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]], device: 
         }
         drawn = {row["name"]: comparison.drawn(folder / row["name"]) for row in rows if row["metrics"]}
         texts = {
-            "results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+            "results.json": json_text(results, indent=1) + "\n",
             "report.md": report.markdown(results),
             "report.html": report.html(results, {name: images for name, images in drawn.items() if images}),
         }

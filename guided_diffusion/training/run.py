@@ -1,6 +1,5 @@
 """What the training scripts share: data of a rank, the folder's files, the run and what it says, samples on the way."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from ..settings.model import DiffusionConfig, NetworkConfig
 from ..settings.options import BadInput, exit_on_bad_input
 from ..settings.training import TrainerConfig, TrainingConfig
 from ..storage import pictures
-from ..storage.files import write_atomically
+from ..storage.files import json_text, write_atomically
 from ..storage.images import class_names, list_image_files
 from .data import load_data
 from .loop import TrainLoop
@@ -71,7 +70,7 @@ def write_description(out_dir: str, settings: dict[str, Any], classes: Sequence[
     text = yaml.safe_dump(settings, sort_keys=False)
     write_atomically(Path(out_dir) / "config.yaml", lambda file: file.write(text.encode()))
     if classes:
-        write_atomically(Path(out_dir) / "classes.json", lambda file: file.write(json.dumps(classes).encode()))
+        write_atomically(Path(out_dir) / "classes.json", lambda file: file.write(json_text(classes).encode()))
 
 
 def run(loop: Trainer) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from evaluations import features as features_module
 from evaluations.emoji import emoji_features
+from evaluations.evaluator import write_json
 from evaluations.features import extract
 from evaluations.moments import Moments, frechet_distance
 from evaluations.ranks import Ranks
@@ -266,3 +267,22 @@ def test_upstreams_golden_run(tmp_path):
     assert found["inception_score"]["value"] == pytest.approx(215.8370, rel=1e-3)
     assert found["precision"]["value"] == pytest.approx(0.8265, abs=5e-4)
     assert found["recall"]["value"] == pytest.approx(0.5309, abs=5e-4)
+
+
+def test_few_images_are_warned_of(tmp_path, emoji, capsys):
+    np.savez(tmp_path / "two.npz", pictures(2, 32))
+    result(tmp_path, emoji[0], tmp_path / "two.npz", "--features", "emoji")
+    said = capsys.readouterr().err
+    dimensions = emoji_features()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).pool.shape[1]
+    biased = f"2 images are fewer than the {dimensions} dimensions of frechet_distance: it is biased"
+    assert f"warning: samples: {biased}\n" in said
+    assert "warning: samples: 2 images are few (below 100): no metric of them says much\n" in said
+    assert "warning: reference" not in said
+    result(tmp_path, *emoji, "--features", "emoji")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_json_of_numbers_that_are_not_finite_is_json(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("inf"), -float("inf"), (float("nan"), 1.5)]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": ["inf", "-inf", [None, 1.5]]}

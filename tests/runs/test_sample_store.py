@@ -1,5 +1,6 @@
 """The store: whole shards or none, damage noticed, other settings refused, merging by streams."""
 
+import hashlib
 import io
 import json
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guided_diffusion.runs.provenance import distinct, jobs, what_differs
+from guided_diffusion.runs.identity import distinct, what_differs
+from guided_diffusion.runs.ranks import jobs
 from guided_diffusion.runs.sample_store import SampleStore, Shard, batches
 from guided_diffusion.runs.shards import DamagedError, Made
 from guided_diffusion.storage.files import join, read_arrays, write_atomically
@@ -276,3 +278,18 @@ def test_a_job_that_is_started_again_is_known_by_its_name(store, monkeypatch):
     assert not store.begun_by_this_job()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert store.begun_by_this_job()
+
+
+def test_a_manifest_is_json_and_infinity_the_same_setting_as_before(store):
+    infinite = replace(store, identity={"seed": 3, "sigma": float("inf")})
+    fill(infinite)
+    infinite.write_manifest({})
+    text = Path(store.manifest_path).read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["identity"] == {"seed": 3, "sigma": "inf"}
+    assert infinite.check() == ""
+    Path(store.manifest_path).write_text(text.replace('"inf"', "Infinity"))  # as older versions wrote it
+    assert infinite.check() == ""
+    assert infinite.missing() == []
+    assert infinite.hash == hashlib.sha256(b'{"seed": 3, "sigma": Infinity}').hexdigest()
+    with pytest.raises(ValueError, match=r"sigma was 'inf', is 1\.5"):
+        store.check()

@@ -115,7 +115,9 @@ def test_report_shows_published_and_measured(ran):
     ]
     assert "unknown" in cells
     assert "not run: there is no such network" in text
-    assert "4 of 6 rows measured" in text
+    assert "3 of 5 rows measured (1 more show the numbers of another)." in text
+    assert "; N is 7, not 50000 (1 of 3 rows); " in text
+    assert "; N is 5, not 50000 (2 of 3 rows)" in text
     assert "## Strength s" in text
 
 
@@ -260,7 +262,7 @@ def test_two_commands_in_one_folder_keep_each_others_rows(ran, tmp_path, monkeyp
     monkeypatch.setattr("guided_diffusion.tables.rows.measure", measure)
     run("reproduce", ran[1], rows="on", out_dir=folder)
     assert {name for name, row in rows_of(folder).items() if row["metrics"]} == {"off", "on", "again"}
-    assert "3 of 6 rows measured" in (folder / "report.md").read_text()
+    assert "2 of 5 rows measured" in (folder / "report.md").read_text()
 
 
 def test_results_are_written_one_after_the_other(ran, tmp_path):

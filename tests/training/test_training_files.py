@@ -201,6 +201,6 @@ def test_weights_of_another_network_or_of_a_later_step_are_refused(tmp_path):
 def test_the_folder_of_a_run_of_samples_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     (tmp_path / "config.yaml").write_text("seed: 3")
-    with pytest.raises(ValueError, match="holds samples of a run and its config.yaml; give training another folder"):
+    with pytest.raises(ValueError, match=r"holds samples of a run and its config\.yaml; give training another folder"):
         write_description(str(tmp_path), {"image_size": 16}, ["a"])
     assert (tmp_path / "config.yaml").read_text() == "seed: 3"
