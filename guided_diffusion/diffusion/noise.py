@@ -22,6 +22,11 @@ def generator(seed: int, index: int, purpose: int, step: int = 0) -> np.random.G
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, purpose, step]))
 
 
+def choice(seed: int, of: int) -> list[int]:
+    """The numbers 0 … of − 1 in the order in which a seed draws them, so that fewer are the beginning of more."""
+    return generator(seed, 0, CHOICE).permutation(of).tolist()
+
+
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> Tensor:
     """A random class for every sample: [N] int64 in [0, num_classes)."""
     return torch.tensor([int(generator(seed, index, LABEL).integers(num_classes)) for index in indices])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..diffusion.diffusion import Diffusion
 from ..diffusion.losses import bpd_loop, prior_bpd, vb_terms_bpd
-from ..diffusion.noise import CHOICE, SampleNoise, generator
+from ..diffusion.noise import SampleNoise, choice
 from ..settings.options import exit_on_bad_input
 from ..settings.runs import LikelihoodConfig
 from ..storage.files import join, json_text, sha256, write_atomically
@@ -66,8 +66,8 @@ class Measurements(Shards):
 
 
 def chosen(config: LikelihoodConfig, count: int) -> list[int]:
-    """The images of `count`, by name, that are measured: as they are drawn, so that fewer are the beginning of more."""
-    order = generator(config.seed, 0, CHOICE).permutation(count).tolist() if config.draw else list(range(count))
+    """Which of so many images, by name, are measured, in this order."""
+    order = choice(config.seed, count) if config.draw else list(range(count))
     return order[: config.num_samples]
 
 
