@@ -16,6 +16,10 @@ SECONDS_BETWEEN_LINES = 10
 """Where there is no terminal for a bar."""
 
 
+ONE_KEY_S = 0.3
+"""A launcher passes on the Ctrl-C that a rank got by itself: signals so close together are one."""
+
+
 class Progress:
     """How far the whole job is, shown by rank 0: a bar on a terminal, else lines, or JSON lines."""
 
@@ -58,7 +62,10 @@ class Progress:
 
 
 class Signals:
-    """SIGTERM and SIGINT: stop at the next step, or at the end of the shard if that comes within `grace` seconds."""
+    """SIGTERM and SIGINT: stop at the next step, or at the end of the shard if that comes within `grace` seconds.
+
+    A second Ctrl-C ends at once.
+    """
 
     def __init__(self, grace: float, job: Job, counter: str):
         self._grace, self._job, self._counter = grace, job, counter
@@ -74,7 +81,10 @@ class Signals:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: Any) -> None:
-        self._asked = self._asked or (number, time.monotonic())
+        now = time.monotonic()
+        self._asked = self._asked or (number, now)
+        if number == signal.SIGINT and now - self._asked[1] > ONE_KEY_S:
+            raise KeyboardInterrupt
 
     def stop_if_asked(self, shard_is_done: bool) -> None:
         """Exit if a signal came: a rank that ends takes the job along, so it first waits for the others' shards."""

@@ -274,6 +274,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        _take_any_text()
         try:
             main()
         except FloatingPointError as error:
@@ -282,6 +283,13 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             _end(error)
 
     return run
+
+
+def _take_any_text() -> None:
+    """Write as escapes what the encoding of the output lacks, where it would be an error after all the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _end(error: BaseException) -> None:

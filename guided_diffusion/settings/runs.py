@@ -36,7 +36,7 @@ class RunConfig:
         "earlier start made with the same settings",
     )
     png: bool = option(False, "write the samples as PNGs too: images/000000.png and so on")
-    grace: float = option(0.0, "seconds that SIGTERM and Ctrl-C leave for finishing the shard in hand")
+    grace: float = option(0.0, "seconds that SIGTERM and Ctrl-C leave the shard in hand; a second Ctrl-C ends at once")
     log_json: bool = option(False, "progress as JSON lines on stderr, for schedulers")
 
     def __post_init__(self):

@@ -79,6 +79,8 @@ def run(loop: Trainer) -> None:
         parameters = sum(parameter.numel() for parameter in loop.network.parameters())
         ranks = f" ({loop.job.size} ranks)" if loop.job.size > 1 else ""
         print(f"{parameters:,} parameters on {loop.device}{ranks}; step {loop.step} in {loop.out_dir}", flush=True)
+        if loop.config.steps is None:
+            print("no end (--lr_anneal_steps 0): it trains until Ctrl-C or SIGTERM, which save", flush=True)
     try:
         stopped = loop.run()
     except FloatingPointError as error:

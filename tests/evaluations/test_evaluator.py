@@ -1,5 +1,6 @@
 """The evaluator as its users run it."""
 
+import io
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ from evaluations.evaluator import write_json
 from evaluations.features import extract
 from evaluations.moments import Moments, frechet_distance
 from evaluations.ranks import Ranks
+from evaluations.ranks import run as run_ranks
 from evaluations.sources import open_source
 from running import mpiexec
 from sample_files import pictures, shard
@@ -267,6 +269,14 @@ def test_upstreams_golden_run(tmp_path):
     assert found["inception_score"]["value"] == pytest.approx(215.8370, rel=1e-3)
     assert found["precision"]["value"] == pytest.approx(0.8265, abs=5e-4)
     assert found["recall"]["value"] == pytest.approx(0.5309, abs=5e-4)
+
+
+def test_an_output_without_the_characters_is_no_error(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run_ranks(lambda _: print("Fréchet distance"))
+    sys.stdout.flush()
+    assert written.getvalue() == b"Fr\\xe9chet distance\n"
 
 
 def test_few_images_are_warned_of(tmp_path, emoji, capsys):

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from guided_diffusion.runs.progress import Signals
+from guided_diffusion.runs.ranks import Job
 from guided_diffusion.script_util import create_model_and_diffusion
 from running import SCRIPTS, environment, mpiexec, refused, run
 from small import SMALL, randomised
@@ -183,6 +185,25 @@ def test_a_stopped_run_goes_on(flags, tmp_path, number):
     run("image_sample", **slow | {"num_samples": 10})
     run("image_sample", **flags)
     assert result(tmp_path / "slow") == result(flags["out_dir"])
+
+
+def test_a_second_ctrl_c_ends_at_once_also_during_grace(monkeypatch):
+    """One that a launcher passes on right after the first is no second one; SIGTERM comes as often as it likes."""
+    now = 100.0
+    monkeypatch.setattr("guided_diffusion.runs.progress.time.monotonic", lambda: now)
+    signals = Signals(60, Job(), "stopped")
+    with signals.handled():
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 0.1
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 10
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.stop_if_asked(shard_is_done=False)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(SystemExit) as stop:
+            signals.stop_if_asked(shard_is_done=True)
+    assert stop.value.code == 130
 
 
 def test_grace_lets_the_shard_in_hand_be_finished(flags, tmp_path):

@@ -13,6 +13,7 @@ from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings.training import TrainingConfig
 from guided_diffusion.storage.checkpoints import load_state_dict
 from guided_diffusion.training.loop import TrainLoop
+from guided_diffusion.training.run import run
 from guided_diffusion.training.schedule_sampler import LossSecondMomentSampler, UniformSampler
 from trainings import IMAGES, assert_same, cut, gradients, log_of, loop_of, step_of
 
@@ -236,6 +237,18 @@ def test_a_signal_ends_the_run_after_its_step_and_saves(tmp_path, number):
     assert loop_of(tmp_path, data=data).run() == number
     assert signal.getsignal(number) is handler
     assert loop_of(tmp_path).step == 2
+
+
+def test_a_training_without_an_end_says_so(tmp_path, capsys):
+    def data(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from cut(IMAGES)(step)
+
+    with pytest.raises(SystemExit):
+        run(loop_of(tmp_path / "endless", data=data))
+    assert "no end (--lr_anneal_steps 0): it trains until Ctrl-C or SIGTERM" in capsys.readouterr().out
+    run(loop_of(tmp_path / "ended", lr_anneal_steps=1))
+    assert "no end" not in capsys.readouterr().out
 
 
 def test_loss_second_moment_sampler_prefers_large_losses_without_bias():
