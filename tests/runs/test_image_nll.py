@@ -10,6 +10,7 @@ from filelock import FileLock
 from PIL import Image
 
 from guided_diffusion.diffusion.noise import SampleNoise, choice
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.runs.likelihood import BY_STEP, measure
 from guided_diffusion.runs.ranks import Job
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
@@ -204,6 +205,20 @@ def test_images_are_drawn_by_the_seed(model, flags, capsys):
     run("image_nll", **flags | {"num_samples": 2, "draw": False})
     assert capsys.readouterr().out.endswith("; N = 2 of 5, the first by name\n")
     assert result_in(flags["out_dir"])[0]["images"]["sha256"] != result["images"]["sha256"]
+
+
+def test_the_prior_is_part_of_the_bound(model, flags):
+    """Three small steps leave much of the image in x_T."""
+    diffusion = GaussianDiffusion(
+        betas=np.full(3, 0.1), model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL,
+        loss_type=LossType.MSE,
+    )  # fmt: skip
+    images = ImageFolder(str(flags["data_dir"]), 16, class_cond=True)
+    config = LikelihoodConfig(data_dir="there", model_path="here", out_dir=str(flags["out_dir"]))
+    found = measure(images, model[0], diffusion, config, {}, Job())
+    terms = result_in(flags["out_dir"])[1]
+    assert found["prior_bpd"]["value"] > 0.1
+    assert found["total_bpd"]["value"] == pytest.approx(terms["vb"].sum() + found["prior_bpd"]["value"], rel=1e-5)
 
 
 def test_one_image_has_no_standard_error(flags, expected, capsys):

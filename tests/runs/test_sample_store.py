@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +218,25 @@ def test_a_remote_file_is_uploaded_whole(monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically("gs://bucket/run/x", fail)
     assert len(copies) == 1
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename must not leave a file of the name without its contents."""
+    events, replace_file = [], os.replace
+
+    def fsync(descriptor):
+        found = os.fstat(descriptor)
+        events.append("folder is synced" if stat.S_ISDIR(found.st_mode) else f"{found.st_size} bytes are synced")
+
+    def renamed(source, target):
+        events.append(f"{Path(target).name} has {Path(source).stat().st_size} bytes")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_atomically(tmp_path / "x", lambda file: file.write(b"abc"))
+    in_order = ["3 bytes are synced", "x has 3 bytes", *(["folder is synced"] if hasattr(os, "O_DIRECTORY") else [])]
+    assert events == in_order
 
 
 def test_the_manifest_tells_how_samples_were_made(store):

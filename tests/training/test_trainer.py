@@ -81,6 +81,38 @@ def test_microbatches_have_the_gradient_of_the_batch(tmp_path):
     torch.testing.assert_close(gradients(parts), gradients(whole), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("microbatch", [-1, 3])
+def test_each_row_is_learned_from_by_the_weight_of_its_step(tmp_path, microbatch):
+    def gradients_of(*weights):
+        loop = loop_of(tmp_path / str(weights), microbatch=microbatch)
+        sample = loop.schedule_sampler.sample
+        loop.schedule_sampler.sample = lambda uniform: (sample(uniform)[0], torch.tensor(weights))
+        step_of(loop)
+        return torch.cat([gradient.flatten() for gradient in gradients(loop)])
+
+    first, last, both = gradients_of(2.0, 0, 0, 0), gradients_of(0, 0, 0, 0.5), gradients_of(1.0, 0, 0, 1.0)
+    assert first.norm() > 0.1
+    torch.testing.assert_close(0.5 * first + 2 * last, both, atol=1e-6, rtol=1e-4)
+
+
+def test_the_learning_rate_rises_and_falls_step_by_step(tmp_path):
+    """Half of the rise at the first of two steps; of the fall over five, the last step has a fifth."""
+    loop, rates = loop_of(tmp_path, lr=1.0, lr_warmup_steps=2, lr_anneal_steps=5, batch_size=1), []
+    loop.network.requires_grad_(False)
+    loop.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    weight = torch.ones((), requires_grad=True)
+    loop._losses = lambda rows: ({"loss": weight.expand(len(rows)).detach()}, weight.expand(len(rows)))
+    loop.run()
+    assert rates == pytest.approx([0.5, 0.8, 0.6, 0.4, 0.2])
+    assert [TrainingConfig(lr=3.0, lr_warmup_steps=3).learning_rate(step) for step in (0, 1, 2, 3, 99)] == [
+        1,
+        2,
+        3,
+        3,
+        3,
+    ]
+
+
 def test_snr_weights(tmp_path):
     """One weighting of x̂_0, whatever the network predicts; ε's own loss already is SNR times that of x̂_0."""
     loop = loop_of(tmp_path, snr_gamma=5.0)
