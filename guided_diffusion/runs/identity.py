@@ -133,4 +133,4 @@ def what_differs(makers: list[dict[str, Any]]) -> str:
             parts.append(f"{key} {', '.join(f'{value} ({count})' for value, count in counts.items())}")
     if not parts:
         return ""
-    return f"not all were made alike, so they are equal to those of one maker up to rounding only: {'; '.join(parts)}\n"
+    return f"Not all samples were made alike, so they are those of one maker up to rounding only: {'; '.join(parts)}."

@@ -181,7 +181,8 @@ def _result(store: Measurements, settings: dict[str, Any], images: dict[str, Any
         for name in BY_STEP:
             sums[name] += measured[name].sum(axis=0)
     makers = distinct(makers)
-    sys.stderr.write(what_differs(makers))
+    if differs := what_differs(makers):
+        sys.stderr.write(f"{differs}\n")
     terms = {name: total / store.num_samples for name, total in sums.items()}
     result = {
         "total_bpd": _mean(np.concatenate(totals)),

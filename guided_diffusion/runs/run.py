@@ -111,7 +111,8 @@ def run(
             if config.png:
                 with exit_on_bad_input():
                     _write_pngs(store, job, f"{key}/pngs", config.log_json)
-            sys.stderr.write(what_differs(about["made_by"]))
+            if differs := what_differs(about["made_by"]):
+                sys.stderr.write(f"{differs}\n")
             print(
                 f"{missing} samples in {about['seconds']:.1f} s ({pipeline.num_samples - missing} were there), "
                 f"{about['network_evaluations_per_sample']:g} network evaluations each: {store.samples_path}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ..runs.identity import distinct, what_differs
 from .page import Section, as_markdown, measured, templates
 
 TITLES = {
@@ -119,6 +120,8 @@ def _introduction(results: Mapping[str, Any]) -> list[str]:
         if results["paper"]
         else "± is the standard error of the samples' side (distances: delta method). All numbers are this run's.",
     ]
+    makers = distinct((maker["samples"], maker) for row in done for maker in row.get("made_by", []))
+    lines += [differs] if (differs := what_differs(makers)) else []
     because = Counter(reason for row in done for reason in row.get("not_comparable", []))
     said = [
         reason if count == len(done) else f"{reason} ({count} of {len(done)} rows)" for reason, count in because.items()

@@ -266,7 +266,7 @@ def test_shards_know_who_made_them_and_what_differs_is_said(store):
     fill(store, [1], GPU)
     makers = distinct((made.samples, made.by) for made in store.merge())
     assert makers == [CPU | {"samples": 6}, GPU | {"samples": 4}]
-    assert what_differs(makers).endswith("rounding only: device cpu (6), A GPU (4); torch 2.0 (6), 2.1 (4)\n")
+    assert what_differs(makers).endswith("rounding only: device cpu (6), A GPU (4); torch 2.0 (6), 2.1 (4).")
     assert what_differs(makers[:1]) == ""
     assert "device not known (6), A GPU (4)" in what_differs([{"samples": 6, "versions": 3}, GPU | {"samples": 4}])
 
