@@ -178,14 +178,14 @@ def not_comparable(
 
 
 def few(word: str, side: Side, metrics: Sequence[str]) -> list[str]:
-    """What to know of a side, called by a word, that has few images: fewer than dimensions, or than FEW."""
+    """What to know of a side, called by a word, that has few images: fewer than dimensions, or else than FEW."""
     found, n = [], len(side.source.images or ())
     for metric, feature in DISTANCES.items():
         if metric in metrics and (rows := side.rows(feature)) is not None and feature not in side.source.statistics:
             dimensions = rows[:1].shape[1]
             if n < dimensions:
                 found.append(f"{word}: {n} images are fewer than the {dimensions} dimensions of {metric}: it is biased")
-    if 0 < n < FEW:
+    if 0 < n < FEW and not found:
         found.append(f"{word}: {n} images are few (below {FEW}): no metric of them says much")
     return found
 

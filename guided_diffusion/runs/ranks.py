@@ -137,8 +137,9 @@ def launcher() -> str:
 
 def jobs(started_again: bool = False) -> list[str]:
     """The names of the jobs that this process belongs to; started_again: of those that were started before."""
+    agent = f"{socket.gethostname()} {os.getppid()}"  # a torchrun without a name of its own calls itself none
     return [
-        f"{name} {os.environ[name]}"
+        f"{name} {agent if os.environ[name] == 'none' else os.environ[name]}"
         for name, restarts in RESTARTS.items()
         if name in os.environ and not (started_again and os.environ.get(restarts, "0") in ("", "0", "N"))
     ]

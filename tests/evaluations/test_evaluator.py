@@ -280,16 +280,14 @@ def test_an_output_without_the_characters_is_no_error(monkeypatch):
 
 
 def test_few_images_are_warned_of(tmp_path, emoji, capsys):
-    np.savez(tmp_path / "two.npz", pictures(2, 32))
-    result(tmp_path, emoji[0], tmp_path / "two.npz", "--features", "emoji")
-    said = capsys.readouterr().err
-    dimensions = emoji_features()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).pool.shape[1]
-    biased = f"2 images are fewer than the {dimensions} dimensions of frechet_distance: it is biased"
-    assert f"warning: samples: {biased}\n" in said
-    assert "warning: samples: 2 images are few (below 100): no metric of them says much\n" in said
-    assert "warning: reference" not in said
-    result(tmp_path, *emoji, "--features", "emoji")
-    assert "warning" not in capsys.readouterr().err
+    biased = "warning: samples: 2 images are fewer than the 128 dimensions of frechet_distance: it is biased\n"
+    few = "warning: samples: 99 images are few (below 100): no metric of them says much\n"
+    for count, metric, said in ((2, "frechet_distance", biased), (99, "kid", few), (150, "frechet_distance", "")):
+        np.savez(tmp_path / "few.npz", pictures(count, 32))
+        result(tmp_path, emoji[0], tmp_path / "few.npz", "--features", "emoji", "--metrics", metric)
+        errors = capsys.readouterr().err
+        assert said in errors
+        assert errors.count("warning: ") == bool(said)
 
 
 def test_json_of_numbers_that_are_not_finite_is_json(tmp_path):

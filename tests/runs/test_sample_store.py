@@ -298,6 +298,12 @@ def test_a_job_that_is_started_again_is_known_by_its_name(store, monkeypatch):
     assert not store.begun_by_this_job()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert store.begun_by_this_job()
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    store.write_manifest({"begun_by": jobs()})
+    assert store.begun_by_this_job()
+    monkeypatch.setattr(os, "getppid", lambda: -1)  # another torchrun without a name
+    assert not store.begun_by_this_job()
 
 
 def test_a_manifest_is_json_and_infinity_the_same_setting_as_before(store):
