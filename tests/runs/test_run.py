@@ -108,6 +108,19 @@ def test_a_start_that_makes_nothing_leaves_what_is_known_of_the_making(flags):
     assert again == first | {"seconds": 1234.5, "ranks": 8}
 
 
+def test_shards_of_two_devices_are_said_to_be(flags, monkeypatch, capsys):
+    run("image_sample", **flags)
+    assert "made alike" not in capsys.readouterr().err
+    (flags["out_dir"] / "shards" / "shard_000001.npz").unlink()
+    monkeypatch.setattr("guided_diffusion.runs.identity.device_name", lambda _: "A GPU")
+    run("image_sample", **flags)
+    assert "up to rounding only: device cpu (6), A GPU (4).\n" in capsys.readouterr().err
+    makers = json.loads((flags["out_dir"] / "manifest.json").read_text())["made_by"]
+    assert [(maker["device"], maker["dtype"], maker["samples"]) for maker in makers] == [
+        ("cpu", "float32", 6), ("A GPU", "float32", 4)
+    ]  # fmt: skip
+
+
 def test_overwriting_clears_once_in_a_job_that_is_started_again(flags, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     run("image_sample", **flags, overwrite=True)
