@@ -9,10 +9,13 @@ statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A st
 """
 
 import argparse
+import contextlib
+import errno
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +101,36 @@ def plain(value: Any) -> Any:
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A new empty file in the folder of `path`, gone at the end; a ValueError where nothing can be written there."""
+    temporary = None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        os.close(descriptor)
+        yield Path(temporary)
+    except OSError as error:
+        raise ValueError(f"--json {path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(plain(value), file, indent=1, allow_nan=False)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    """Write a JSON file whole or not at all; a ValueError where it cannot be."""
+    with temporary_beside(path) as temporary:
+        temporary.write_text(json.dumps(plain(value), indent=1, allow_nan=False), encoding="utf-8")
+        temporary.chmod(0o644)
+        temporary.replace(path)
+
+
+def check_place(path: Path) -> None:
+    """Find out before all the work whether its result can be written to `path`; a ValueError if not."""
+    with temporary_beside(path):
+        pass
 
 
 def judge_and_tell(ranks: Ranks) -> None:
@@ -113,11 +138,12 @@ def judge_and_tell(ranks: Ranks) -> None:
     args = vars(arguments())
     path = args.pop("json")
     metrics = args.pop("metrics")
+    ranks.first(lambda: check_place(path) if path else None)
     result = judge(Settings(**args, metrics=tuple(metrics.split(",")) if metrics else None), ranks)
     if ranks.rank == 0:
+        print(table(result), flush=True)
         if path:
-            write_json(path, result)
-        print(table(result))
+            Ranks().agree(lambda: write_json(path, result))
 
 
 def main() -> None:

@@ -294,3 +294,43 @@ def test_json_of_numbers_that_are_not_finite_is_json(tmp_path):
     write_json(tmp_path / "a.json", {"a": [float("inf"), -float("inf"), (float("nan"), 1.5)]})
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"a": ["inf", "-inf", [None, 1.5]]}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_flipped_bit_in_the_cache_is_found(tmp_path, monkeypatch, emoji, seed):
+    monkeypatch.setattr(features_module, "BLOCK", 64)
+    images, network_ = open_source(emoji[1]).images.first(64), emoji_features()
+    whole = extract(images, network_, tmp_path / "c", Ranks(), 64, "").rows["pool"][:]
+    [file] = (tmp_path / "c").rglob("*.npy")
+    data = bytearray(file.read_bytes())
+    chance = np.random.default_rng(seed)
+    data[chance.integers(len(data))] ^= 1 << chance.integers(8)
+    file.write_bytes(data)
+    assert torch.equal(extract(images, network_, tmp_path / "c", Ranks(), 64, "").rows["pool"][:], whole)
+
+
+def test_a_full_disk_under_the_cache_is_one_sentence(tmp_path, capsys, emoji, full_disk):
+    full_disk(4096)
+    said = refused(capsys, *emoji, "--features", "emoji", "--cache", tmp_path / "c")
+    assert ".npy: cannot be written (File too large)" in said
+    assert not [path for path in (tmp_path / "c").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("place", ["", "ref.npz/r.json", "no" * 200], ids=["folder", "below a file", "too long"])
+def test_an_impossible_place_of_the_result_is_told_before_the_work(tmp_path, capsys, emoji, place):
+    said = refused(capsys, *emoji, "--features", "emoji", "--json", tmp_path / place)
+    assert said.startswith(f"error: --json {tmp_path / place}: cannot be written (")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_result_is_shown_where_it_cannot_be_written(tmp_path, capsys, emoji, full_disk):
+    evaluate(*emoji, "--features", "emoji")
+    full_disk(100)
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*emoji, "--features", "emoji", "--json", tmp_path / "r.json")
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert "Fréchet distance" in out
+    assert error.splitlines()[-1] == f"error: --json {tmp_path / 'r.json'}: cannot be written (File too large)"
+    assert not list(tmp_path.glob("*json*"))
+    assert not list(tmp_path.glob(".*"))
