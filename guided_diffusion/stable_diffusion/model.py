@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..settings.shipped import how_to_install
+from ..storage.hashes import check_beside
 
 COMPONENTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 """The parts that diffusers loads, and the one class of each that is understood."""
@@ -137,6 +138,8 @@ def load(
     folder = Path(config if file else path)
     if file and not file.is_file():
         raise ValueError(f"model: no such file {path!r}")
+    if file:
+        check_beside(file)
     if bool(config) != bool(file):
         raise ValueError("model, model_config: a folder of configurations goes with a single .safetensors file")
     if not folder.is_dir():
@@ -186,6 +189,8 @@ def _from_folder(folder: Path, name: str, kind: Any) -> nn.Module:
     files = [file.name for file in where.glob("*.safetensors")]
     if not files:
         raise ValueError(f"model: {where} has no .safetensors file; other formats are not read")
+    for file in files:
+        check_beside(where / file)
     variant = "fp16" if all(".fp16." in file for file in files) else None
     return _loaded(
         lambda: kind.from_pretrained(where, local_files_only=True, use_safetensors=True, variant=variant), where

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .fetch import local_path
+from .fetch import WEB_PAGE, local_path
 from .files import write_atomically
+from .hashes import check_beside
 
 StateDict = dict[str, Tensor]
 
@@ -36,7 +37,8 @@ def load_state_dict(path: str) -> StateDict:
 def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
     """What a `.pt` (zip or older format, `weights_only`) or `.safetensors` file holds, as it is.
 
-    path: local or an address (`https://`, `gs://`, …), which is fetched once into the cache. map_location: as
+    path: local, with its hash beside a `.safetensors` file in FILE.sha256 if that is there; or an address (`https://`,
+    `gs://`, …), which is fetched once into the cache. map_location: as
     torch.load's; of a `.safetensors` file a device. mmap: leave a `.pt` file's tensors on disk until they are used.
     A ValueError says in one sentence what is wrong.
     """
@@ -50,12 +52,13 @@ def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
         raise ValueError(f"{path}: cannot be read ({reason})") from None
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
-    if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
+    if WEB_PAGE.match(head):
         raise ValueError(f"{path}: a web page, not a checkpoint; its download failed")
-    return _load_safetensors(file, map_location) if path.endswith(".safetensors") else read_pt(file, map_location, mmap)
+    return _load_safetensors(file, map_location) if file.suffix == ".safetensors" else read_pt(file, map_location, mmap)
 
 
 def _load_safetensors(file: Path, device: torch.device | str) -> StateDict:
+    check_beside(file)
     try:
         return load_file(file, str(device))
     except (SafetensorError, OSError) as error:
@@ -79,7 +82,11 @@ def read_pt(file: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(part, Tensor) for part in value.values())
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(part, Tensor) for name, part in value.items())
+    )
 
 
 def _state_of(loaded: Any, path: str) -> StateDict:

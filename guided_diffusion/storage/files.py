@@ -6,12 +6,26 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
+
+NAME_KEPT = 200
+"""Of a file's name, what a temporary one begins with."""
+
+
+class UnwrittenError(OSError):
+    """A file cannot be written: one sentence."""
+
+
+def cache_folder() -> Path:
+    """$SAG_CACHE, else self-attention-guidance in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SAG_CACHE") or Path(base, "self-attention-guidance"))
 
 
 def is_address(path: str | Path) -> bool:
@@ -47,29 +61,49 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name the file in errors of the system that come up while it is written: `UnwrittenError`."""
+    try:
+        yield
+    except UnwrittenError:
+        raise
+    except (OSError, RuntimeError, bf.Error) as error:
+        # torch.save hides the system's error behind its own.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, bf.Error)):
+            raise
+        reason = getattr(cause, "strerror", None) or str(cause)
+        other = getattr(cause, "filename", None)
+        if other and not os.path.basename(other).startswith(f".{os.path.basename(path)[:NAME_KEPT]}."):
+            reason += f": {other}"
+        raise UnwrittenError(f"{path}: cannot be written ({reason})") from None
+
+
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a temporary file, then move it to `path`: the whole file or none.
+    """Let `write` fill a temporary file, then move it to `path`: the whole file or none; else `UnwrittenError`.
 
     A local file is synced to disk before it is renamed; a remote one is uploaded in one piece when it is complete.
     """
     remote = is_address(path)
     folder, name = (None, "upload") if remote else (os.path.dirname(path) or ".", os.path.basename(path))
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if remote:
-            bf.copy(temporary, str(path), overwrite=True)
-        else:
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            _sync_folder(folder)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with writing(path):
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{name[:NAME_KEPT]}.", dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if remote:
+                bf.copy(temporary, str(path), overwrite=True)
+            else:
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
+                _sync_folder(folder)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _sync_folder(folder: str) -> None:

@@ -126,7 +126,7 @@ def compare(unguided: Prepared, guided: Prepared, guidance: GuidanceConfig, fold
     ]
     config = pipeline.config
     lines = [
-        f"{config.num_samples} samples of {Path(config.model_path).name}, {pipeline.num_steps} steps, "
+        f"{config.num_samples} samples of {Path(config.model_path.partition("#")[0]).name}, {pipeline.num_steps} steps, "
         f"seed {config.seed}",
         *of_runs,
         f"  {chooser} selects {masks.share.mean():.0%} of the pixels; guidance "
