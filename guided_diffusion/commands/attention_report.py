@@ -18,6 +18,7 @@ Without --data_dir the known images are the samples of the run. Stable Diffusion
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..analysis.run import build, run
@@ -39,5 +40,5 @@ def main() -> None:
         subject = latent_subject(*run_configs, device) if latent else image_subject(Configs.of(run_configs), device)
         analysis = build(config, subject)
     folder = Path(subject.pipeline.config.out_dir or "runs/attention")
-    print(run(analysis, folder))
+    run(analysis, folder, partial(print, flush=True))
     print(f"look at {folder / 'report.html'}")

@@ -43,7 +43,7 @@ from ..runs.sample_store import SampleStore, Shard
 from ..runs.timing import in_turns, medians, peak_bytes, seconds
 from ..settings.options import parse_args
 from ..storage import pictures
-from ..storage.files import json_text
+from ..storage.files import json_text, write_atomically
 
 import torch  # isort: skip (after evaluations, which sets how its threads wait)
 
@@ -338,4 +338,5 @@ def main() -> None:
                 print(f"{row.section:<11} {row.what:<64} {row.value:8.3f} {row.unit}{goal}", flush=True)
                 rows.append(row)
     if args.json:
-        args.json.write_text(json_text({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1))
+        text = json_text({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1)
+        write_atomically(args.json, lambda file: file.write(text.encode()))

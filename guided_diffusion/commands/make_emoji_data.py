@@ -10,10 +10,13 @@ import re
 import zlib
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ..runs.ranks import command
+from ..storage.files import writing
+from ..storage.pictures import save_png
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"
@@ -74,13 +77,13 @@ def main() -> None:
         parser.error(f"--groups {args.groups}: no emoji group begins so")
     font = ImageFont.truetype(args.font, NATIVE_SIZE)
     for part in ("train", "held_out", "alpha"):
-        (args.out / part).mkdir(parents=True, exist_ok=True)
+        with writing(args.out / part):
+            (args.out / part).mkdir(parents=True, exist_ok=True)
     for group, code_point, name in tqdm(glyphs, desc="emoji", unit="glyph"):
         glyph = draw_glyph(font, code_point, args.size, args.margin)
         background = Image.new("RGBA", glyph.size, (GREY, GREY, GREY, 255))
         held_out = zlib.crc32(b"%d" % code_point) % 100 < HELD_OUT_PERCENT
         file = f"{group}_{name}.png"
-        Image.alpha_composite(background, glyph).convert("RGB").save(
-            args.out / ("held_out" if held_out else "train") / file
-        )
-        glyph.getchannel("A").save(args.out / "alpha" / file)
+        picture = Image.alpha_composite(background, glyph).convert("RGB")
+        save_png(np.asarray(picture), args.out / ("held_out" if held_out else "train") / file)
+        save_png(np.asarray(glyph.getchannel("A")), args.out / "alpha" / file)

@@ -2,7 +2,8 @@
 
 A plan is a file of configs/tables (its name is enough) or of your own: table1 … table11, scales and baselines of the
 paper, and demo for the embedded model. Writes results.json, report.md and report.html to --out_dir after every row; the
-same command goes on where it stopped, and another one may run other rows in the same folder at the same time. Under
+same command goes on where it stopped, and another one may run other rows in the same folder at the same time. Ends with
+status 1 where no row could be measured. Under
 mpiexec or torchrun all ranks share the work of each row.
 
   python scripts/reproduce.py demo --samples 64 --rows unguided,sag
@@ -60,7 +61,9 @@ def main() -> None:
         return
     ranks = start_ranks()
     folder = args.out_dir or Path("runs/tables") / plan.name
-    run_rows(plan, rows, changes, folder, args.inception, job, ranks)
+    measured = run_rows(plan, rows, changes, folder, args.inception, job, ranks)
     if ranks.rank == 0:
         print((folder / "report.md").read_text(encoding="utf-8"))
         print(f"look at {folder / 'report.html'}")
+        if not measured:
+            raise SystemExit(f"none of {len(rows)} rows was measured; why not stands in the report")

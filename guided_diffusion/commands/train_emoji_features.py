@@ -15,13 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluations.emoji import WEIGHTS, WIDTHS, EmojiFeatures
 
 from ..runs.ranks import command
+from ..storage.files import write_atomically
 
 GREY = 128
 SHIFT = 3
@@ -110,8 +111,7 @@ def main() -> None:
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, glyphs right {right / seen:.1%} of the last {seen}")
             seen = right = 0
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half() if tensor.is_floating_point() else tensor
              for name, tensor in network.features.state_dict().items()}  # fmt: skip
-    save_file(state, args.out)
+    write_atomically(args.out, lambda file: file.write(save(state)))
     print(f"{sum(p.numel() for p in network.features.parameters()):,} parameters, {len(files)} glyphs: {args.out}")

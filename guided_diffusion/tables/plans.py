@@ -1,6 +1,7 @@
 """Plans: files that name runs row by row, what is published for each, and what they are measured against."""
 
 import fnmatch
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -145,6 +146,8 @@ PLAN_KEYS = {
 def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
     _of_type(where, values, dict, "a row")
     name = _of_type(f"{where}: name", values.get("name"), str, "a text")
+    if not re.fullmatch(r"\w[\w.+=-]{0,99}", name):
+        raise ValueError(f"{where}: name: wanted letters, digits and _.+=-, as it is also a folder's, got {name!r}")
     where = f"{where}: row {name}"
     _known(where, values, ROW_KEYS, {"name", "label"})
     config = values.get("config", defaults.get("config", []))

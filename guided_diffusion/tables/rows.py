@@ -17,6 +17,7 @@ from ..runs.run import run
 from ..settings.options import BadInput, parse_args
 from ..storage.fetch import local_path
 from . import comparison, results
+from .page import measured
 from .plans import Plan, Row
 
 
@@ -43,8 +44,10 @@ def run_rows(
     inception: Path | None,
     job: Job,
     ranks: Ranks,
-) -> None:
+) -> int:
     """Run and measure rows of a plan that can be run, by all ranks together, and write the results after each.
+
+    Returns how many were measured, on rank 0.
 
     changes: settings of every row, instead of the plan's. inception: weights of the evaluator's network.
     """
@@ -65,9 +68,12 @@ def run_rows(
                 sys.stderr.write(f"{row.name}: not run: {refusal}\n")
         if ranks.rank == 0:
             done[row.name] = results.unmeasured(row, "") | found
+            for name, number in done[row.name]["metrics"].items():
+                sys.stderr.write(f"{row.name}: {name} {measured(number)}\n")
             results.write(folder, plan, done, job.device)
     if ranks.rank == 0 and not done:
         results.write(folder, plan, done, job.device)
+    return sum(bool(found["metrics"]) for found in done.values())
 
 
 def measure(

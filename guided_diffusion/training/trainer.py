@@ -16,6 +16,7 @@ from ..networks.layers import update_ema
 from ..runs.ranks import Job
 from ..settings.training import TrainerConfig
 from ..storage.checkpoints import load_state_dict, misfit, read_pt, save_atomically
+from ..storage.files import writing
 from . import resume
 from .draws import Draws, Rows, seed_dropout
 from .log import TrainingLog
@@ -110,7 +111,8 @@ class Trainer(ABC):
         """
         end = self.config.steps
         if self.is_first:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
+            with writing(self.out_dir):
+                self.out_dir.mkdir(parents=True, exist_ok=True)
             resume.sweep(self.out_dir)
             self.progress = TrainingLog(self.out_dir, self.step, end)
         self.network.train()

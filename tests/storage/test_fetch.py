@@ -129,7 +129,7 @@ def test_a_changed_file_is_noticed(server):
     data = bytearray(DATA)
     data[77] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="SHA-256 is no longer .* the same command fetches it anew"):
+    with pytest.raises(ValueError, match=r"SHA-256 is no longer .* the same command fetches it anew"):
         fetch.local_path(server.url("file.pt"))
     assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA
     path.write_bytes(DATA[:-1])
@@ -203,10 +203,10 @@ def test_what_is_no_file_is_not_kept(server, data, headers, said):
 def test_an_address_says_which_file_it_means(server):
     right = f"{server.url('file.pt')}#sha256={hashlib.sha256(DATA).hexdigest()}"
     server.data = DATA[::-1]
-    with pytest.raises(ValueError, match="file.pt: wanted the SHA-256 .*, got .*; nothing was kept"):
+    with pytest.raises(ValueError, match=r"file\.pt: wanted the SHA-256 .*, got .*; nothing was kept"):
         fetch.local_path(right)
     fetch.local_path(server.url("file.pt"))
-    with pytest.raises(ValueError, match="wanted the SHA-256 .*; it was deleted"):
+    with pytest.raises(ValueError, match=r"wanted the SHA-256 .*; it was deleted"):
         fetch.local_path(right)
     server.data = DATA
     assert fetch.local_path(right).read_bytes() == DATA
