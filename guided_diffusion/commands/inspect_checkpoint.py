@@ -9,7 +9,8 @@ import argparse
 
 from ..networks.inspection import NOT_IN_SHAPES, inspect
 from ..runs.ranks import command
-from ..settings.options import exit_on_bad_input
+from ..settings.model import MOST_WIDTH
+from ..settings.options import exit_on_bad_input, quoted
 from ..storage.checkpoints import load_state_dict
 
 
@@ -23,6 +24,10 @@ def main() -> None:
         "--num_head_channels", type=int, default=-1, help="of the network's flags (default -1: num_heads)"
     )
     args = parser.parse_args()
+    for name in ("image_size", "num_heads", "num_head_channels"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= MOST_WIDTH and (name, value) != ("num_head_channels", -1):
+            parser.error(f"--{name}: wanted 1 to {MOST_WIDTH}, got {quoted(value)}")
     with exit_on_bad_input():
         state = load_state_dict(args.file)
         try:

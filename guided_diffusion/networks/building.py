@@ -7,18 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..settings.model import NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
+from ..settings.model import MOST_WIDTH, NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
 from ..settings.options import numbers
 from ..storage.checkpoints import load_into
 from .inspection import CHANNEL_MULTS, wrong_flags
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 
-def _levels(image_size: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
+def _levels(image_size: int, channels: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
     if not channel_mult and image_size not in CHANNEL_MULTS:
         known = ", ".join(map(str, CHANNEL_MULTS))
         raise ValueError(f"{key}: none is known for image_size {image_size} (only for {known}); give it")
     levels = numbers(key, channel_mult or CHANNEL_MULTS[image_size], float)
+    if not all(1 <= mult * channels <= MOST_WIDTH for mult in levels):
+        raise ValueError(f"{key}: wanted levels of 1 to {MOST_WIDTH} channels, {channels} of them are 1; got {levels}")
     if image_size % 2 ** (len(levels) - 1):
         raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as {key} asks")
     return levels
@@ -31,7 +33,7 @@ def _downsampling(image_size: int, attention_resolutions: str) -> list[int]:
 
 def network_arguments(config: NetworkConfig, learn_sigma: bool) -> dict[str, Any]:
     """What `UNetModel` is made with."""
-    levels = _levels(config.image_size, config.channel_mult)
+    levels = _levels(config.image_size, config.num_channels, config.channel_mult)
     return {
         "image_size": config.image_size,
         "in_channels": 3,
@@ -79,7 +81,9 @@ def classifier_arguments(image_size: int, config: ClassifierConfig, num_classes:
         "out_channels": num_classes,
         "num_res_blocks": config.classifier_depth,
         "attention_resolutions": _downsampling(image_size, config.classifier_attention_resolutions),
-        "channel_mult": _levels(image_size, config.classifier_channel_mult, "classifier_channel_mult"),
+        "channel_mult": _levels(
+            image_size, config.classifier_width, config.classifier_channel_mult, "classifier_channel_mult"
+        ),
         "num_head_channels": 64,
         "use_scale_shift_norm": config.classifier_use_scale_shift_norm,
         "resblock_updown": config.classifier_resblock_updown,

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..settings.options import quoted
 from .fetch import WEB_PAGE, local_path
 from .files import write_atomically
 from .hashes import check_beside
@@ -101,9 +102,13 @@ def _state_of(loaded: Any, path: str) -> StateDict:
         if len(wrapped) == 1:
             loaded = loaded[wrapped[0]]
         elif wrapped:
-            raise ValueError(f"{path}: holds several networks ({', '.join(wrapped)}); save the one you mean by itself")
+            raise ValueError(
+                f"{path}: holds several networks ({', '.join(map(str, wrapped))}); save the one you mean by itself"
+            )
     if not _is_state(loaded):
         raise ValueError(f"{path}: not a state dict: wanted a tensor for every name")
+    if odd := [name for name in loaded if not name.isprintable()]:
+        raise ValueError(f"{path}: a tensor's name holds what cannot be printed: {quoted(odd[0])}")
     if all(name.startswith("module.") for name in loaded):
         loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
     return loaded

@@ -9,9 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..settings.options import read_yaml
+from ..settings.options import parse_yaml, quoted, read_yaml
 from ..settings.shipped import shipped, shipped_yaml
 from ..storage.files import is_address
 
@@ -108,7 +106,7 @@ class Plan:
 
 def _of_type(where: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where}: wanted {wanted}, got {value!r}")
+        raise ValueError(f"{where}: wanted {wanted}, got {quoted(value)}")
     return value
 
 
@@ -184,9 +182,13 @@ def read_plan(path: str | Path) -> Plan:
     """The plan in a YAML file, or that of a name in configs/tables; a ValueError says what is wrong with it."""
     path = Path(shipped_yaml(str(path), "tables", "plan"))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__})") from None
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     where = str(path)
     _known(where, _of_type(where, values, dict, "keys and values"), PLAN_KEYS, {"title", "rows"})
     _of_type(f"{where}: set", values.get("set", {}), dict, "flags")

@@ -1,0 +1,255 @@
+"""Random flags for every script: each try ends well, or says one sentence with status 2.
+
+  python tests/flags.py --tries 900            # all scripts; one to two seconds a try
+  python tests/flags.py --tries 50 --only image_train,demo --seed 3
+
+Each try runs a script in a child of this process, with one flag or two of random, mostly senseless values over those of
+a small run; it may take 8 seconds and 7 GiB. Prints a table, and the command of every try that ended in a traceback,
+otherwise than with status 0 or 2, without a sentence, or too late; ends with status 1 where there was any.
+`test_flags.py` makes a small part of it.
+"""
+
+import argparse
+import os
+import random
+import re
+import resource
+import runpy
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from guided_diffusion.script_util import create_classifier, create_model_and_diffusion, sr_create_model_and_diffusion
+from guided_diffusion.settings.scripts import SCRIPTS
+from small import SMALL
+
+ROOT = Path(__file__).parents[1]
+SECONDS, BYTES = 8, 7 * 2**30
+MOST_SAID = 1200
+
+TEXTS = [
+    "", " ", "-", "--", "0", "1", "-1", "2", "3", "7", "0.5", "-7.5", "1e3", "1e-30", "1" + "0" * 29, "-1" + "0" * 30,
+    "1e30", "-1e30", "1e400", "nan", "inf", "-inf", "True", "False", "None", "null", "maybe", "none", "auto", "all",
+    "2147483647", "2147483648", "-2147483649", "4294967296", "9223372036854775807", "9223372036854775808",
+    "18446744073709551615", "18446744073709551616", "0x10", "1_000", "\uff14", "½", "9" * 5000, "1,2", "1,2,2", "0,0",
+    "-1,-2", "1,,2", ",", "0,1", "0.2,0.7", "0.7,0.2", "2,2", "ddim2", "ddim0", "ddim99999999999", "logsnr4",
+    "logsnr100000", "middle_block.1", "output_blocks.2.1", "input_blocks.99.1", "..", "../..", ".", "nowhere",
+    "nowhere.npz", "nowhere.pt", "model.pt", "samples.npz", "pictures", "https://127.0.0.1:1/x.pt", "http://[", "://",
+    "a b", "a\nb", "\x1b[31mred\x1b[0m", "é", "\udc80", "😀", "x" * 300, "x" * 5000, "%s%n", "{}", "[1, 2]", "'", "*",
+    "~", "$HOME", "cosine", "linear", "uniform", "loss-second-moment", "never", "emoji", "inception", "gif", "ddim",
+]  # fmt: skip
+
+CLASSIFIER = {
+    "classifier_width": 32, "classifier_depth": 1, "classifier_channel_mult": "1,2",
+    "classifier_attention_resolutions": "8", "classifier_pool": "spatial",
+}  # fmt: skip
+UPSAMPLER = {"large_size": 32, "small_size": 16, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "8"}
+SHORT = {"timestep_respacing": "2", "num_samples": 2, "batch_size": 2, "out_dir": "out"}
+TRAINING = {"data_dir": "pictures", "batch_size": 2, "out_dir": "out", "log_interval": 1}
+
+BASES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "image_sample": ([], SMALL | SHORT | {"model_path": "model.pt", "sag_scale": 0.5, "sag_block": "middle_block.1"}),
+    "classifier_sample": (
+        [],
+        SMALL | SHORT | CLASSIFIER | {"model_path": "model.pt", "classifier_path": "classifier.pt", "num_classes": 2},
+    ),
+    "super_res_sample": ([], UPSAMPLER | SHORT | {"model_path": "sr.pt", "base_samples": "samples.npz"}),
+    "stable_diffusion_sample": (
+        [],
+        {"model": "sd", "prompt": "a cat", "steps": 2, "height": 64, "width": 64, "compare": 0, "out_dir": "out"},
+    ),
+    "image_train": ([], SMALL | TRAINING | {"lr_anneal_steps": 1}),
+    "classifier_train": ([], {"image_size": 16, "num_classes": 2, "iterations": 1} | CLASSIFIER | TRAINING),
+    "super_res_train": ([], UPSAMPLER | TRAINING | {"lr_anneal_steps": 1}),
+    "image_nll": ([], SMALL | SHORT | {"model_path": "model.pt", "data_dir": "pictures"}),
+    "attention_report": ([], SMALL | SHORT | {"model_path": "model.pt", "shown_steps": 2, "known_images": 2}),
+    "demo": ([], SHORT),
+    "reproduce": (["plan.yaml"], {"out_dir": "out"}),
+    "inspect_checkpoint": (["model.pt"], {}),
+    "evaluator": (["samples.npz", "samples.npz"], {"features": "emoji"}),
+    "make_emoji_data": (["out"], {"groups": "food"}),
+    "train_emoji_features": (["pictures32", "pictures32"], {"steps": 1, "batch_size": 2, "out": "out/x.safetensors"}),
+    "benchmark": ([], {"only": "merge", "repeats": 1}),
+}
+"""Arguments and flags of a small run of every script; files are those of `given_files`."""
+
+PLAIN_FLAGS = {
+    "reproduce": ["rows", "samples", "batch_size", "out_dir", "inception"],
+    "inspect_checkpoint": ["image_size", "num_heads", "num_head_channels"],
+    "evaluator": ["json", "features", "inception", "weights", "num_samples", "metrics", "pr_dtype", "batch_size",
+                  "seed", "cache"],
+    "make_emoji_data": ["size", "margin", "groups", "font", "emoji_test"],
+    "train_emoji_features": ["steps", "batch_size", "out", "seed", "lr"],
+    "benchmark": ["repeats", "json"],
+}  # fmt: skip
+"""Flags of the scripts that have none of a configuration's."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One try: what was typed, how it ended (a word), what it said, and whether it left files."""
+
+    script: str
+    words: tuple[str, ...]
+    ended: str
+    said: str
+    left: bool
+
+    @property
+    def is_fault(self) -> bool:
+        return self.ended not in ("well", "sentence")
+
+
+def given_files(folder: Path) -> None:
+    """Weights, pictures and a plan for small runs."""
+    torch.manual_seed(0)
+    torch.save(create_model_and_diffusion(**SMALL)[0].state_dict(), folder / "model.pt")
+    torch.save(create_classifier(16, **CLASSIFIER, num_classes=2).state_dict(), folder / "classifier.pt")
+    torch.save(sr_create_model_and_diffusion(**UPSAMPLER)[0].state_dict(), folder / "sr.pt")
+    for name, side in (("pictures", 16), ("pictures32", 32)):
+        images = np.random.default_rng(0).integers(0, 256, (6, side, side, 3), dtype=np.uint8)
+        (folder / name).mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / name / f"{'ab'[number % 2]}_{number}.png")
+    np.savez(folder / "samples.npz", np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
+    (folder / "sd").symlink_to(ROOT / "tests" / "data" / "sd_tiny" / "model")
+    row = {"name": "off", "label": "off", "set": {"sag_scale": 0, "num_samples": 2, "timestep_respacing": "2"}}
+    plan = {"title": "x", "config": ["emoji"], "features": "emoji", "rows": [row]}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+
+
+def flags_of(script: str) -> list[str]:
+    """The names of a script's flags."""
+    if script in PLAIN_FLAGS:
+        return PLAIN_FLAGS[script]
+    groups, without = SCRIPTS["image_sample" if script == "demo" else script]
+    return ["config", *(field.name for group in groups for field in fields(group) if field.name not in without)]
+
+
+def words_of(script: str, chance: random.Random) -> tuple[str, ...]:
+    """A command's words: the small run's, with one flag or two of random values."""
+    arguments, base = BASES[script]
+    names = chance.sample(flags_of(script), chance.choice([1, 1, 2]))
+    flags: Mapping[str, Any] = base | {name: chance.choice(TEXTS) for name in names}
+    return (*arguments, *(f"--{name}={value}" for name, value in flags.items()))
+
+
+def _child(script: str, words: tuple[str, ...], said: Path) -> None:
+    """Run a script in this process, which it ends: its status, 1 after a traceback."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+    sys.stderr = open(said, "w", errors="backslashreplace")  # noqa: SIM115
+    sys.argv = [f"{script}.py", *words]
+    code = 0
+    try:
+        runpy.run_path(
+            str(ROOT / ("evaluations" if script == "evaluator" else "scripts") / sys.argv[0]), {}, "__main__"
+        )
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")
+        code = 1 if isinstance(stop.code, str) else stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def attempt(script: str, words: tuple[str, ...], given: Path, folder: Path) -> Tried:
+    """One try in a folder of its own, with links to the given files, two folders deep so that `../..` stays inside."""
+    place, said = folder / "a" / "b", folder / "said"
+    place.mkdir(parents=True)
+    for file in given.iterdir():
+        (place / file.name).symlink_to(file.resolve())
+    here = os.getcwd()
+    os.chdir(place)
+    child = os.fork()
+    if not child:
+        _child(script, words, said)
+    os.chdir(here)
+    until, status = time.monotonic() + SECONDS, None
+    while status is None and time.monotonic() < until:
+        done, found = os.waitpid(child, os.WNOHANG)
+        status = found if done else time.sleep(0.02)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    text = said.read_text(errors="replace") if said.exists() else ""
+    left = any(path.is_file() and path.name != "said" for path in folder.rglob("*") if not path.is_symlink())
+    return Tried(script, words, _ended(status, text), text, left)
+
+
+def _ended(status: int | None, said: str) -> str:
+    if status is None:
+        return "late"
+    if os.WIFSIGNALED(status):
+        return "killed"
+    if "Traceback" in said:
+        return "traceback"
+    last = (said.splitlines() or [""])[-1]
+    code = os.WEXITSTATUS(status)
+    if code == 2:
+        right = re.match(r"(error|\S+\.py: error): ", last) and last.isprintable() and len(last) <= MOST_SAID
+        return "sentence" if right else "no sentence"
+    return "well" if code == 0 or (code == 1 and "was measured" in last) else f"status {code}"
+
+
+def tries(count: int, scripts: list[str], seed: int) -> Iterator[Tried]:
+    """So many tries, the scripts in turn."""
+    chance = random.Random(seed)
+    folder = Path(tempfile.mkdtemp(prefix="flags"))
+    os.environ["SAG_CACHE"] = str(folder / "cache")
+    os.environ.pop("OPENAI_LOGDIR", None)
+    try:
+        (folder / "given").mkdir()
+        given_files(folder / "given")
+        for number in range(count):
+            script = scripts[number % len(scripts)]
+            place = folder / "tries"
+            yield attempt(script, words_of(script, chance), folder / "given", place)
+            shutil.rmtree(place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=900)
+    parser.add_argument("--only", default=",".join(BASES), help="scripts, comma-separated")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    table: dict[str, Counter[str]] = {}
+    faults = 0
+    for tried in tries(args.tries, args.only.split(","), args.seed):
+        counts = table.setdefault(tried.script, Counter())
+        counts[tried.ended] += 1
+        counts["sentence, files left"] += tried.ended == "sentence" and tried.left
+        if tried.is_fault:
+            faults += 1
+            tail = "\n    ".join(tried.said.splitlines()[-4:])
+            print(f"{tried.ended}: {tried.script}.py {shlex.join(tried.words)[:1500]}\n    {tail[:1500]}", flush=True)
+    for script, counts in table.items():
+        print(f"{script:<25}{', '.join(f'{name} {count}' for name, count in sorted(counts.items()) if count)}")
+    print(f"{faults} faults in {args.tries} tries")
+    sys.exit(faults > 0)
+
+
+if __name__ == "__main__":
+    main()
