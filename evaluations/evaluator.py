@@ -10,17 +10,16 @@ statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A st
 
 import argparse
 import contextlib
-import errno
 import json
 import math
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from evaluations.judge import Settings, cache_folder, judge
-from evaluations.ranks import Ranks, run
+from evaluations.ranks import BadInputError, Ranks, run
 
 TITLES = {
     "fid": "FID",
@@ -38,8 +37,13 @@ TITLES = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInputError(f"{message[:500]} (--help lists the flags)")
+
+
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", metavar="REF", help="what the samples are compared with")
     parser.add_argument("samples", metavar="SAMPLES", help="what is judged")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything to this file as well")
@@ -106,8 +110,8 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     """A new empty file in the folder of `path`, gone at the end; a ValueError where nothing can be written there."""
     temporary = None
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # not even /dev/null, which would be replaced
+            raise OSError("a folder" if path.is_dir() else "not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
         os.close(descriptor)

@@ -4,12 +4,13 @@
   python tests/flags.py --tries 50 --only image_train,demo --seed 3
 
 Each try runs a script in a child of this process, with one flag or two of random, mostly senseless values over those of
-a small run; it may take 8 seconds and 7 GiB. Prints a table, and the command of every try that ended in a traceback,
-otherwise than with status 0 or 2, without a sentence, or too late; ends with status 1 where there was any.
+a small run; it may take 8 seconds of a core and 7 GiB. Prints a table, and the command of every try that ended in a
+traceback, otherwise than with status 0 or 2, without a sentence, or too late; ends with status 1 where there was any.
 `test_flags.py` makes a small part of it.
 """
 
 import argparse
+import importlib
 import os
 import random
 import re
@@ -80,7 +81,7 @@ BASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "demo": ([], SHORT),
     "reproduce": (["plan.yaml"], {"out_dir": "out"}),
     "inspect_checkpoint": (["model.pt"], {}),
-    "evaluator": (["samples.npz", "samples.npz"], {"features": "emoji"}),
+    "evaluator": (["samples32.npz", "samples32.npz"], {"features": "emoji"}),
     "make_emoji_data": (["out"], {"groups": "food"}),
     "train_emoji_features": (["pictures32", "pictures32"], {"steps": 1, "batch_size": 2, "out": "out/x.safetensors"}),
     "benchmark": ([], {"only": "merge", "repeats": 1}),
@@ -101,13 +102,14 @@ PLAIN_FLAGS = {
 
 @dataclass(frozen=True)
 class Tried:
-    """One try: what was typed, how it ended (a word), what it said, and whether it left files."""
+    """One try: what was typed, how it ended (a word), what it said, if it left files, and its seconds of a core."""
 
     script: str
     words: tuple[str, ...]
     ended: str
     said: str
     left: bool
+    seconds: float
 
     @property
     def is_fault(self) -> bool:
@@ -125,7 +127,7 @@ def given_files(folder: Path) -> None:
         (folder / name).mkdir()
         for number, image in enumerate(images):
             Image.fromarray(image).save(folder / name / f"{'ab'[number % 2]}_{number}.png")
-    np.savez(folder / "samples.npz", np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
+        np.savez(folder / f"{name.replace('pictures', 'samples')}.npz", images)
     (folder / "sd").symlink_to(ROOT / "tests" / "data" / "sd_tiny" / "model")
     row = {"name": "off", "label": "off", "set": {"sag_scale": 0, "num_samples": 2, "timestep_respacing": "2"}}
     plan = {"title": "x", "config": ["emoji"], "features": "emoji", "rows": [row]}
@@ -152,6 +154,7 @@ def _child(script: str, words: tuple[str, ...], said: Path) -> None:
     """Run a script in this process, which it ends: its status, 1 after a traceback."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
     sys.stderr = open(said, "w", errors="backslashreplace")  # noqa: SIM115
     sys.argv = [f"{script}.py", *words]
@@ -183,23 +186,23 @@ def attempt(script: str, words: tuple[str, ...], given: Path, folder: Path) -> T
     if not child:
         _child(script, words, said)
     os.chdir(here)
-    until, status = time.monotonic() + SECONDS, None
+    until, status, used = time.monotonic() + 10 * SECONDS, None, None
     while status is None and time.monotonic() < until:
-        done, found = os.waitpid(child, os.WNOHANG)
+        done, found, used = os.wait4(child, os.WNOHANG)
         status = found if done else time.sleep(0.02)
     if status is None:
-        os.kill(child, signal.SIGKILL)
+        os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
     text = said.read_text(errors="replace") if said.exists() else ""
     left = any(path.is_file() and path.name != "said" for path in folder.rglob("*") if not path.is_symlink())
-    return Tried(script, words, _ended(status, text), text, left)
+    return Tried(script, words, _ended(status, text), text, left, used.ru_utime)
 
 
 def _ended(status: int | None, said: str) -> str:
     if status is None:
         return "late"
     if os.WIFSIGNALED(status):
-        return "killed"
+        return "late" if os.WTERMSIG(status) == signal.SIGXCPU else "killed"
     if "Traceback" in said:
         return "traceback"
     last = (said.splitlines() or [""])[-1]
@@ -235,12 +238,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    for script in BASES:  # once, not in every child
+        importlib.import_module(
+            "evaluations.evaluator" if script == "evaluator" else f"guided_diffusion.commands.{script}"
+        )
+    importlib.import_module("diffusers")
     table: dict[str, Counter[str]] = {}
     faults = 0
     for tried in tries(args.tries, args.only.split(","), args.seed):
         counts = table.setdefault(tried.script, Counter())
         counts[tried.ended] += 1
         counts["sentence, files left"] += tried.ended == "sentence" and tried.left
+        counts["sentence after 2 s"] += tried.ended == "sentence" and tried.seconds > 2
         if tried.is_fault:
             faults += 1
             tail = "\n    ".join(tried.said.splitlines()[-4:])

@@ -10,24 +10,27 @@ import argparse
 from ..networks.inspection import NOT_IN_SHAPES, inspect
 from ..runs.ranks import command
 from ..settings.model import MOST_WIDTH
-from ..settings.options import exit_on_bad_input, quoted
+from ..settings.options import MOST_SIDE, Parser, exit_on_bad_input, whole
 from ..storage.checkpoints import load_state_dict
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help=".pt or .safetensors, local or an address")
-    parser.add_argument("--image_size", type=int, help="side of the images; default: guessed from the widths")
-    parser.add_argument("--num_heads", type=int, default=4, help="of the network's flags (default 4)")
     parser.add_argument(
-        "--num_head_channels", type=int, default=-1, help="of the network's flags (default -1: num_heads)"
+        "--image_size", type=whole(1, MOST_SIDE), help="side of the images; default: guessed from the widths"
+    )
+    parser.add_argument("--num_heads", type=whole(1, MOST_WIDTH), default=4, help="of the network's flags (default 4)")
+    parser.add_argument(
+        "--num_head_channels",
+        type=whole(-1, MOST_WIDTH),
+        default=-1,
+        help="of the network's flags (default -1: num_heads)",
     )
     args = parser.parse_args()
-    for name in ("image_size", "num_heads", "num_head_channels"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value <= MOST_WIDTH and (name, value) != ("num_head_channels", -1):
-            parser.error(f"--{name}: wanted 1 to {MOST_WIDTH}, got {quoted(value)}")
+    if not args.num_head_channels:
+        parser.error("--num_head_channels: wanted 1 or more, or -1, got 0")
     with exit_on_bad_input():
         state = load_state_dict(args.file)
         try:

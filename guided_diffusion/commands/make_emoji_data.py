@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ..runs.ranks import command
+from ..settings.options import MOST_SIDE, Parser, whole
 from ..storage.files import writing
 from ..storage.pictures import save_png
 
@@ -51,10 +52,14 @@ def draw_glyph(font: ImageFont.FreeTypeFont, code_point: int, size: int, margin:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write, for example data/emoji32")
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures in pixels (default 32)")
-    parser.add_argument("--margin", type=int, default=2, help="empty pixels around the glyph (default 2)")
+    parser.add_argument(
+        "--size", type=whole(1, MOST_SIDE), default=32, help="side of the pictures in pixels (default 32)"
+    )
+    parser.add_argument(
+        "--margin", type=whole(0, MOST_SIDE), default=2, help="empty pixels around the glyph (default 2)"
+    )
     parser.add_argument(
         "--groups",
         default="",
@@ -64,6 +69,8 @@ def main() -> None:
     parser.add_argument("--font", default=FONT, help="the Noto Color Emoji font file (default %(default)s)")
     parser.add_argument("--emoji_test", default=EMOJI_TEST, help="Unicode's list of emoji (default %(default)s)")
     args = parser.parse_args()
+    if 2 * args.margin >= args.size:
+        parser.error(f"--margin: {args.margin} to each side leave nothing of --size {args.size}")
     for needed in (args.font, args.emoji_test):
         if not Path(needed).is_file():
             parser.error(f"{needed} is not there; on Debian: apt install fonts-noto-color-emoji unicode-data")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from evaluations.emoji import WEIGHTS, WIDTHS, EmojiFeatures
 
 from ..runs.ranks import command
+from ..settings.options import MOST_AT_A_TIME, MOST_SEED, Parser, whole
 from ..storage.files import write_atomically
 
 GREY = 128
@@ -74,14 +75,18 @@ def damaged(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of 32×32 pictures, each picture a glyph")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps (default %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures a step (default %(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=3000, help="training steps (default %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=whole(1, MOST_AT_A_TIME), default=64, help="pictures a step (default %(default)s)"
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed (default %(default)s)")
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="seed (default %(default)s)")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="file to write (default %(default)s)")
     args = parser.parse_args()
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr: wanted more than 0, got {args.lr}")
 
     files = [file for folder in args.folders for file in sorted(folder.glob("*.png"))]
     if not files:
@@ -103,6 +108,8 @@ def main() -> None:
         pool = network.features(images).pool
         scores = network.glyph(pool)
         loss = F.cross_entropy(scores, glyph, label_smoothing=0.1) + F.mse_loss(network.damage(pool), amount) * 10
+        if not loss.isfinite():
+            raise FloatingPointError(f"step {step}: the loss is not finite; give a smaller --lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -11,7 +11,7 @@ from ..networks.unet import UNetModel
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import NetworkConfig
 from ..settings.options import numbers
-from ..storage.files import read_arrays
+from ..storage.files import open_regular, read_arrays
 from .base import Guidance, Interval
 from .classifier_free import ClassifierFreeGuidance, null_class
 from .masked_blur import MaskedBlur, MaskGuidance
@@ -24,7 +24,7 @@ from .smoothed_energy import SmoothedEnergyGuidance
 def _given_maps(path: str, share: float) -> GivenMaps:
     """The masks of an npz: `maps` [M, h, w], bool or float32."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             try:
                 arrays = read_arrays(file, {"maps": (np.dtype(np.float32), (None, None, None))})
             except ValueError as error:

@@ -20,7 +20,7 @@ def _levels(image_size: int, channels: int, channel_mult: str, key: str = "chann
         raise ValueError(f"{key}: none is known for image_size {image_size} (only for {known}); give it")
     levels = numbers(key, channel_mult or CHANNEL_MULTS[image_size], float)
     if not all(1 <= mult * channels <= MOST_WIDTH for mult in levels):
-        raise ValueError(f"{key}: wanted levels of 1 to {MOST_WIDTH} channels, {channels} of them are 1; got {levels}")
+        raise ValueError(f"{key}: wanted levels of 1 to {MOST_WIDTH} channels, in units of {channels}; got {levels}")
     if image_size % 2 ** (len(levels) - 1):
         raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as {key} asks")
     return levels

@@ -8,7 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from numbers import Real
@@ -55,9 +55,26 @@ def quoted(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are `BadInput`."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise BadInput(f"{message} (--help lists the flags)")
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """For a flag of `Parser`: what reads a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"wanted a whole number from {least} to {most}, got {quoted(text)}")
+        return value
+
+    return read
 
 
 def option(
@@ -241,7 +258,7 @@ def parse_args(
     may have all the same. A group's method `remark(given)`, if it has one, is asked
     for a warning about what was given and what was not.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -271,6 +288,8 @@ def parse_args(
         parser.error(f"unknown flag {unknown[0]}{_hint(name, _fields(groups, without), '--')}")
     flags = vars(known)
     files = flags.pop("config", None) or ([default_config] if default_config else [])
+    if [] in files:  # what argparse makes of --config=--
+        parser.error("--config: wanted a file")
     with exit_on_bad_input():
         return configure(groups, files, ("command line", flags), without, unread)
 

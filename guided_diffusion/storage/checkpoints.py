@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..settings.options import quoted
 from .fetch import WEB_PAGE, local_path
-from .files import write_atomically
+from .files import open_regular, write_atomically
 from .hashes import check_beside
 
 StateDict = dict[str, Tensor]
@@ -45,7 +45,7 @@ def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
     """
     file = local_path(path)
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             head = stream.read(64)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)

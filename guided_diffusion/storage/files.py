@@ -1,9 +1,11 @@
 """Writing files whole or not at all, strict JSON, and reading arrays without trusting them."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +15,9 @@ from typing import Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
+
+LARGE, MOST_COMPRESSED = 2**28, 500
+"""Bytes of an array from which it may be so many times larger than its compressed form; zeros are 1000 times."""
 
 NAME_KEPT = 200
 """Of a file's name, what a temporary one begins with."""
@@ -86,6 +91,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     A local file is synced to disk before it is renamed; a remote one is uploaded in one piece when it is complete.
     """
     remote = is_address(path)
+    if not remote and os.path.exists(path) and not os.path.isfile(path):
+        raise UnwrittenError(f"{path}: cannot be written ({'a folder' if os.path.isdir(path) else 'not a file'})")
     folder, name = (None, "upload") if remote else (os.path.dirname(path) or ".", os.path.basename(path))
     with writing(path):
         if folder:
@@ -114,6 +121,13 @@ def _sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a local file to read; an OSError for a pipe or a device, which could keep us waiting for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return open(path, "rb")
 
 
 def read_arrays(file: BinaryIO, wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]]) -> dict[str, np.ndarray]:
@@ -146,7 +160,9 @@ def _read_array(
         if got_dtype != dtype or not fits or fortran:
             text = ", ".join("N" if size is None else str(size) for size in shape)
             raise ValueError(f"{name}: wanted {np.dtype(dtype)} [{text}], got {got_dtype} {list(got_shape)}")
-        size = int(np.prod(got_shape, dtype=np.int64)) * got_dtype.itemsize
+        size = math.prod(got_shape) * got_dtype.itemsize
+        if size > max(LARGE, MOST_COMPRESSED * archive.getinfo(member).compress_size):
+            raise ValueError(f"{name}: {size} bytes in {archive.getinfo(member).compress_size}: not images, but a bomb")
         if archive.getinfo(member).file_size != stream.tell() + size:
             raise ValueError(f"{name}: its header and its size do not agree")
         data = stream.read()

@@ -74,7 +74,7 @@ def test_likelihood_is_shown_before_it_is_written(limited, weights, data, tmp_pa
     assert stop.value.code == 2
     out, error = capsys.readouterr()
     assert "bits per dimension" in out
-    assert error.endswith("nll.json: cannot be written (Is a directory)\n")
+    assert error.endswith("nll.json: cannot be written (a folder)\n")
 
 
 def test_training(limited, data, tmp_path):
