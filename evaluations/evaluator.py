@@ -13,8 +13,9 @@ import contextlib
 import json
 import math
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +39,13 @@ TITLES = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # which argparse takes for no value at all
+                self.error(f"argument {word[:-3]}: wanted a value, got --")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise BadInputError(f"{message[:500]} (--help lists the flags)")
 

@@ -45,14 +45,18 @@ MOST_SAID = 1200
 TEXTS = [
     "", " ", "-", "--", "0", "1", "-1", "2", "3", "7", "0.5", "-7.5", "1e3", "1e-30", "1" + "0" * 29, "-1" + "0" * 30,
     "1e30", "-1e30", "1e400", "nan", "inf", "-inf", "True", "False", "None", "null", "maybe", "none", "auto", "all",
-    "2147483647", "2147483648", "-2147483649", "4294967296", "9223372036854775807", "9223372036854775808",
-    "18446744073709551615", "18446744073709551616", "0x10", "1_000", "\uff14", "½", "9" * 5000, "1,2", "1,2,2", "0,0",
-    "-1,-2", "1,,2", ",", "0,1", "0.2,0.7", "0.7,0.2", "2,2", "ddim2", "ddim0", "ddim99999999999", "logsnr4",
-    "logsnr100000", "middle_block.1", "output_blocks.2.1", "input_blocks.99.1", "..", "../..", ".", "nowhere",
-    "nowhere.npz", "nowhere.pt", "model.pt", "samples.npz", "pictures", "https://127.0.0.1:1/x.pt", "http://[", "://",
-    "a b", "a\nb", "\x1b[31mred\x1b[0m", "é", "\udc80", "😀", "x" * 300, "x" * 5000, "%s%n", "{}", "[1, 2]", "'", "*",
-    "~", "$HOME", "cosine", "linear", "uniform", "loss-second-moment", "never", "emoji", "inception", "gif", "ddim",
+    "1000", "16384", "1000000", "2147483647", "2147483648", "-2147483649", "4294967296", "9223372036854775807",
+    "9223372036854775808", "18446744073709551615", "18446744073709551616", "0x10", "1_000", "\uff14", "½", "9" * 5000,
+    "1,2", "1,2,2", "0,0", "-1,-2", "1,,2", ",", "0,1", "0.2,0.7", "0.7,0.2", "2,2", "ddim2", "ddim0",
+    "ddim99999999999", "logsnr4", "logsnr100000", "middle_block.1", "output_blocks.2.1", "input_blocks.99.1", "..",
+    "../..", ".", "nowhere", "nowhere.npz", "nowhere.pt", "model.pt", "samples.npz", "pictures",
+    "https://127.0.0.1:1/x.pt", "http://[", "://", "64,64,64", "1,1,1,1,1,1,1", "a b", "a\nb", "\x1b[31mred\x1b[0m",
+    "é", "\udc80", "😀", "x" * 300, "x" * 5000, "%s%n", "{}", "[1, 2]", "'", "*", "~", "$HOME", "cosine", "linear",
+    "uniform", "loss-second-moment", "never", "emoji", "dinov2", "inception", "gif", "ddim",
 ]  # fmt: skip
+
+NUMBERS = ["-1", "0", "1", "2", "3", "4", "5", "8", "16", "30", "32", "64", "100", "0.1", "0.5", "0.9", "1.5", "1000"]
+BOOLS = ["True", "False", "true", "0", "1", "yes"]
 
 CLASSIFIER = {
     "classifier_width": 32, "classifier_depth": 1, "classifier_channel_mult": "1,2",
@@ -142,11 +146,20 @@ def flags_of(script: str) -> list[str]:
     return ["config", *(field.name for group in groups for field in fields(group) if field.name not in without)]
 
 
+def value_of(script: str, name: str, chance: random.Random) -> str:
+    """A value of a flag: any, or as often one that its kind of value could be."""
+    groups = () if script in PLAIN_FLAGS else SCRIPTS["image_sample" if script == "demo" else script].groups
+    kinds = {field.name: str(field.type) for group in groups for field in fields(group)}
+    kind = kinds.get(name, "int")
+    likely = BOOLS if "bool" in kind else NUMBERS if "int" in kind or "float" in kind else TEXTS
+    return chance.choice(chance.choice([TEXTS, likely]))
+
+
 def words_of(script: str, chance: random.Random) -> tuple[str, ...]:
     """A command's words: the small run's, with one flag or two of random values."""
     arguments, base = BASES[script]
     names = chance.sample(flags_of(script), chance.choice([1, 1, 2]))
-    flags: Mapping[str, Any] = base | {name: chance.choice(TEXTS) for name in names}
+    flags: Mapping[str, Any] = base | {name: value_of(script, name, chance) for name in names}
     return (*arguments, *(f"--{name}={value}" for name, value in flags.items()))
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..diffusion.diffusion import build_diffusion
 from ..diffusion.noise import choice
-from ..networks.building import build_classifier
+from ..networks.building import build_classifier, check_memory
 from ..runs.ranks import Job, command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
@@ -75,6 +75,7 @@ def main() -> None:
     image_size, num_classes = network_config.image_size, network_config.num_classes
     job = start()
     with exit_on_bad_input():
+        check_memory(build_classifier, image_size, classifier_config, num_classes)
         torch.manual_seed(training.seed)
         network = build_classifier(image_size, classifier_config, num_classes).to(job.device)
         folders = [training.data_dir] + ([training.val_data_dir] if training.val_data_dir else [])

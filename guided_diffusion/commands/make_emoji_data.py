@@ -6,6 +6,7 @@ OUT/alpha (each glyph's opacity: its object mask). Files are named label_name.pn
 """
 
 import argparse
+import os
 import re
 import zlib
 from pathlib import Path
@@ -72,7 +73,7 @@ def main() -> None:
     if 2 * args.margin >= args.size:
         parser.error(f"--margin: {args.margin} to each side leave nothing of --size {args.size}")
     for needed in (args.font, args.emoji_test):
-        if not Path(needed).is_file():
+        if not os.path.isfile(needed):
             parser.error(f"{needed} is not there; on Debian: apt install fonts-noto-color-emoji unicode-data")
 
     glyphs = [

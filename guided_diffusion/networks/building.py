@@ -1,5 +1,8 @@
 """From settings to networks: built without memory, filled from a checkpoint, and made ready to be called."""
 
+import math
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -94,6 +97,30 @@ def classifier_arguments(image_size: int, config: ClassifierConfig, num_classes:
 def build_classifier(image_size: int, config: ClassifierConfig, num_classes: int = NUM_CLASSES) -> EncoderUNetModel:
     """The noisy-image classifier of a configuration, with random weights."""
     return EncoderUNetModel(**classifier_arguments(image_size, config, num_classes))
+
+
+def check_memory(build: Callable[..., nn.Module], *arguments: Any) -> None:
+    """Raise a ValueError where the network that `build(*arguments)` makes is larger than what memory there is."""
+    with unfilled():
+        needed = 4 * sum(parameter.numel() for parameter in build(*arguments).parameters())
+    there = memory()
+    if needed > there:
+        raise ValueError(
+            f"the network that the flags describe has {needed // 4:,} parameters, {needed / 1e9:,.0f} GB; the memory "
+            f"that this process may have is {there / 1e9:,.0f} GB"
+        )
+
+
+def memory() -> float:
+    """Bytes of this machine, or of what this process may take of them; infinite where the system does not say."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ImportError, ValueError, OSError, AttributeError):
+        return math.inf
+    return there if limit == resource.RLIM_INFINITY else min(limit, there)
 
 
 def unfilled() -> torch.device:

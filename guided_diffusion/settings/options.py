@@ -6,6 +6,7 @@ import difflib
 import logging
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -57,6 +58,13 @@ def quoted(value: Any) -> str:
 
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are `BadInput`."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # which argparse takes for no value at all
+                self.error(f"argument {word[:-3]}: wanted a value, got --")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
         raise BadInput(f"{message} (--help lists the flags)")
@@ -288,8 +296,6 @@ def parse_args(
         parser.error(f"unknown flag {unknown[0]}{_hint(name, _fields(groups, without), '--')}")
     flags = vars(known)
     files = flags.pop("config", None) or ([default_config] if default_config else [])
-    if [] in files:  # what argparse makes of --config=--
-        parser.error("--config: wanted a file")
     with exit_on_bad_input():
         return configure(groups, files, ("command line", flags), without, unread)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ..networks.layers import update_ema
+from ..runs.batch_size import memory_said
 from ..runs.ranks import Job
 from ..settings.training import TrainerConfig
 from ..storage.checkpoints import load_state_dict, misfit, read_pt, save_atomically
@@ -120,7 +121,8 @@ class Trainer(ABC):
         with signals_kept() as came:
             try:
                 while not stopped and (end is None or self.step < end):
-                    stopped = self._train_step(*next(self.batches), signal=came[0] if came else 0)
+                    with memory_said(self.config.batch_size, "a smaller --microbatch"):
+                        stopped = self._train_step(*next(self.batches), signal=came[0] if came else 0)
                     self.step += 1
                     if self.is_first:
                         self._follow_up()

@@ -181,7 +181,7 @@ def test_zeros_that_fill_the_memory_are_no_images(tmp_path, monkeypatch):
     """3 GiB in 3 MB, made small."""
     monkeypatch.setattr(files, "LARGE", 2**20)
     np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((2**19, 4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match="arr_0: 25165824 bytes in .*not images, but a bomb"):
+    with pytest.raises(ValueError, match=r"arr_0: 25165824 bytes in .*not images, but a bomb"):
         GivenImages(str(tmp_path / "bomb.npz"), 4, 4, "base_samples")
     monkeypatch.setattr(files, "LARGE", 2**25)
     assert len(GivenImages(str(tmp_path / "bomb.npz"), 4, 4, "base_samples")) == 2**19
