@@ -166,6 +166,8 @@ def words_of(script: str, chance: random.Random) -> tuple[str, ...]:
 def _child(script: str, words: tuple[str, ...], said: Path) -> None:
     """Run a script in this process, which it ends: its status, 1 after a traceback."""
     os.setsid()
+    os.environ["SAG_CACHE"] = str(said.with_name("cache"))
+    os.environ.pop("OPENAI_LOGDIR", None)
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
@@ -207,7 +209,7 @@ def attempt(script: str, words: tuple[str, ...], given: Path, folder: Path) -> T
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
     text = said.read_text(errors="replace") if said.exists() else ""
-    left = any(path.is_file() and path.name != "said" for path in folder.rglob("*") if not path.is_symlink())
+    left = any(path.is_file() for path in place.parent.rglob("*") if not path.is_symlink())
     return Tried(script, words, _ended(status, text), text, left, used.ru_utime)
 
 
@@ -230,8 +232,6 @@ def tries(count: int, scripts: list[str], seed: int) -> Iterator[Tried]:
     """So many tries, the scripts in turn."""
     chance = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="flags"))
-    os.environ["SAG_CACHE"] = str(folder / "cache")
-    os.environ.pop("OPENAI_LOGDIR", None)
     try:
         (folder / "given").mkdir()
         given_files(folder / "given")

@@ -22,6 +22,8 @@ def test_a_traceback_and_a_long_sentence_are_faults():
     assert flags._ended(2 << 8, "error: what is wrong") == "sentence"
     assert flags._ended(2 << 8, "warning\nimage.py: error: what is wrong\n") == "sentence"
     assert flags._ended(0, "") == "well"
-    for status, said in [(1 << 8, "Traceback"), (2 << 8, "error: Traceback"), (2 << 8, "error: " + "x" * 5000),
-                         (2 << 8, "error: \x1b[31m"), (2 << 8, ""), (1 << 8, "error: x"), (9, ""), (None, "")]:  # fmt: skip
+    for status, said in [
+        (1 << 8, "Traceback"), (2 << 8, "error: Traceback"), (2 << 8, "error: " + "x" * 5000),
+        (2 << 8, "error: \x1b[31m"), (2 << 8, ""), (1 << 8, "error: x"), (9, ""), (None, ""),
+    ]:  # fmt: skip
         assert flags.Tried("x", (), flags._ended(status, said), said, False, 0).is_fault
