@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise BadInputError(f"{message[:500]} (--help lists the flags)")
+        raise BadInputError(f"{message} (--help lists the flags)")
 
 
 def arguments() -> argparse.Namespace:
@@ -145,6 +145,17 @@ def check_place(path: Path) -> None:
         pass
 
 
+@contextlib.contextmanager
+def short_sentences() -> Iterator[None]:
+    """Cut what is said of bad input, and may quote all of it, to some lines that control no terminal."""
+    try:
+        yield
+    except BadInputError as error:
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(error).split()))
+        raise BadInputError(text if len(text) <= 1000 else f"{text[:500]} … {text[-500:]}") from None
+
+
+@short_sentences()
 def judge_and_tell(ranks: Ranks) -> None:
     """Evaluate what the command line says; rank 0 prints the table."""
     args = vars(arguments())

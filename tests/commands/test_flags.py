@@ -15,7 +15,7 @@ def test_every_script_ends_well_or_says_one_sentence():
     tried = list(flags.tries(3 * len(SCRIPTS), SCRIPTS, SEED))
     faults = [f"{one.ended}: {one.script} {shlex.join(one.words)}\n{one.said[-500:]}" for one in tried if one.is_fault]
     assert not faults, "\n".join(faults)
-    assert {one.ended for one in tried} == {"well", "sentence"}
+    assert {"well", "sentence"} <= {one.ended for one in tried}
 
 
 def test_a_traceback_and_a_long_sentence_are_faults():
