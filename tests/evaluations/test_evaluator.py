@@ -63,7 +63,7 @@ def refused(capsys, *arguments):
 def test_emoji_features(tmp_path, emoji, capsys):
     found = result(tmp_path, *emoji, "--features", "emoji", "--extended")
     assert set(found["metrics"]) == {
-        "frechet_distance", "precision", "recall", "kid", "density", "coverage", "copies"
+        "frechet_distance", "precision", "recall", "kid", "mind", "density", "coverage", "copies"
     }  # fmt: skip
     assert found["n"] == 150
     assert found["features"] == "emoji"
