@@ -36,6 +36,14 @@ SPACINGS: dict[str, dict[str, Any]] = {
     "exponential": {"use_exponential_sigmas": True},
 }
 
+
+def check_names(scheduler: str, spacing: str) -> None:
+    """Raise a ValueError for a name that is not known; empty is."""
+    for key, name, known in (("scheduler", scheduler, SCHEDULERS), ("spacing", spacing, SPACINGS)):
+        if name and name not in known:
+            raise ValueError(f"{key}: {name!r} is none of {', '.join(known)}")
+
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 PRESETS = {
@@ -86,6 +94,7 @@ class StableDiffusionConfig(RunConfig):
             raise ValueError(f"guidance_scale: wanted a finite number, got {self.guidance_scale}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: wanted {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_names(self.scheduler, self.spacing)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from guided_diffusion.settings.stable_diffusion import LatentGuidanceConfig, Sta
 from guided_diffusion.stable_diffusion.attention import find_layer
 from guided_diffusion.stable_diffusion.model import load
 from guided_diffusion.stable_diffusion.sampling import LatentPipeline, build_latent_guidance, latent_guidance
-from guided_diffusion.stable_diffusion.schedulers import choose_scheduler, mean_type
+from guided_diffusion.stable_diffusion.schedulers import choose_scheduler
 from latents import final, golden_model, golden_scheduler, noise, trajectory
 
 # numpy's about tensors, in several schedulers of diffusers.
@@ -333,11 +332,3 @@ def test_other_networks_are_refused(tmp_path):
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="wanted a UNet2DConditionModel, got a UNet2DModel"):
         load(str(folder))
-
-
-def test_flow_matching_is_refused():
-    scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="flow_prediction"))
-    with pytest.raises(
-        ValueError, match="prediction_type: wanted epsilon, sample, v_prediction, got 'flow_prediction'"
-    ):
-        mean_type(scheduler)
