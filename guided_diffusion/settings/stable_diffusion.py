@@ -36,14 +36,6 @@ SPACINGS: dict[str, dict[str, Any]] = {
     "exponential": {"use_exponential_sigmas": True},
 }
 
-
-def check_names(scheduler: str, spacing: str) -> None:
-    """Raise a ValueError for a name that is not known; empty is."""
-    for key, name, known in (("scheduler", scheduler, SCHEDULERS), ("spacing", spacing, SPACINGS)):
-        if name and name not in known:
-            raise ValueError(f"{key}: {name!r} is none of {', '.join(known)}")
-
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 PRESETS = {
@@ -51,6 +43,13 @@ PRESETS = {
     "diffusers": {"space": "model", "blur_sigma": 1.0, "blur_kernel": 9, "threshold": 1.0},
 }
 """Hyper-parameters of self-attention guidance: the paper's rule, and that of diffusers' own pipeline."""
+
+
+def check_names(scheduler: str, spacing: str) -> None:
+    """Raise a ValueError for a name that is not known; empty is."""
+    for key, name, known in (("scheduler", scheduler, SCHEDULERS), ("spacing", spacing, SPACINGS)):
+        if name and name not in known:
+            raise ValueError(f"{key}: {name!r} is none of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,16 @@ def load(
     configurations, tokenizer and scheduler of such a model. dtype: of the UNet; text encoders and VAE stay in float32.
     A ValueError says what is missing or damaged.
     """
+    file = Path(path) if path.endswith(".safetensors") else None
+    folder = Path(config if file else path)
+    if file and not file.is_file():
+        raise ValueError(f"model: no such file {path!r}")
+    if bool(config) != bool(file):
+        raise ValueError("model, model_config: a folder of configurations goes with a single .safetensors file")
+    if not folder.is_dir():
+        raise ValueError(f"model: no such folder {str(folder)!r}")
+    for name in (*COMPONENTS, "text_encoder", "tokenizer", "scheduler"):
+        _part(folder, name)
     try:
         import diffusers
         import transformers
@@ -150,14 +160,6 @@ def load(
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-    file = Path(path) if path.endswith(".safetensors") else None
-    folder = Path(config if file else path)
-    if file and not file.is_file():
-        raise ValueError(f"model: no such file {path!r}")
-    if bool(config) != bool(file):
-        raise ValueError("model, model_config: a folder of configurations goes with a single .safetensors file")
-    if not folder.is_dir():
-        raise ValueError(f"model: no such folder {str(folder)!r}")
     network, encoder = (_from_folder, _from_folder) if file is None else (_part_of(file), _text_part_of(file))
     unet, vae = (network(folder, name, getattr(diffusers, kind)) for name, kind in COMPONENTS.items())
     encoders = [encoder(folder, "text_encoder", transformers.CLIPTextModel)]
