@@ -147,7 +147,8 @@ def load(
     if bool(config) != bool(file):
         raise ValueError("model, model_config: a folder of configurations goes with a single .safetensors file")
     if not folder.is_dir():
-        raise ValueError(f"model: no such folder {str(folder)!r}")
+        what = "not a folder, nor a .safetensors file:" if folder.is_file() else "no such folder"
+        raise ValueError(f"model: {what} {str(folder)!r}")
     for name in (*COMPONENTS, "text_encoder", "tokenizer", "scheduler"):
         _part(folder, name)
     try:

@@ -192,6 +192,7 @@ BAD = [
     ({"model": "nowhere"}, "model: no such file or folder 'nowhere'"),
     ({"model": Path(__file__).parent}, "has no 'unet'; wanted a model folder of diffusers' format"),
     ({"model": ""}, "model: give a local folder"),
+    ({"model": __file__}, "model: not a folder, nor a .safetensors file"),
     ({"scheduler": "best"}, "scheduler: 'best' is none of ddim, ddpm, pndm"),
     ({"spacing": "wide"}, "spacing: 'wide' is none of leading"),
     ({"scheduler": "ddim", "spacing": "karras"}, "DDIMScheduler has no karras; it has leading"),
