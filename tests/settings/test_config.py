@@ -199,3 +199,18 @@ def test_the_names_given_for_them_are_settings():
     for other, names in ELSEWHERE.items():
         for known in names:
             assert whose(known.partition(",")[0]), other
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("dropout", "1.5", "dropout: wanted a share from 0 to less than 1, got 1.5"),
+        ("dropout", "1.0", "dropout: wanted a share from 0 to less than 1, got 1.0"),
+        ("dropout", "-0.1", "dropout: wanted a share from 0 to less than 1, got -0.1"),
+        ("num_head_channels", "0", "num_head_channels: wanted 1 or more, or -1, got 0"),
+        ("num_heads_upsample", "0", "num_heads_upsample: wanted 1 or more, or -1, got 0"),
+        ("num_heads", "0", "num_heads: wanted 1 or more, got 0"),
+    ],
+)
+def test_impossible_networks_are_refused(flag, value, said):
+    assert refused([f"--{flag}", value]) == said
