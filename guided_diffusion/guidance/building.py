@@ -33,7 +33,9 @@ def _given_maps(path: str, share: float) -> GivenMaps:
         return GivenMaps(maps=maps if maps.dtype is torch.bool else maps.float(), share=share)
     except FileNotFoundError:
         raise ValueError(f"sag_mask: no such file {path!r}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"sag_mask: {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise ValueError(f"sag_mask: {path}: {error}") from None
 
 

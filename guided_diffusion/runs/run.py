@@ -61,7 +61,7 @@ def run(
         stack.enter_context(signals.handled())
         todo: list[int] = []
         if job.rank == 0:
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 stack.enter_context(store.lock())
                 todo = _prepare(store, config.overwrite, about, guidance_line)
         todo = json.loads(job.share(f"{key}/todo", json.dumps(todo)))
@@ -88,18 +88,18 @@ def run(
         for number in job.turns(key, todo, wait):
             with memory_said(batch_size):
                 shard = make_shard(pipeline, store.indices(number), batch_size, watch)
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 store.write(number, shard)
             signals.stop_if_asked(shard_is_done=True)
         progress.close()
         if job.rank == 0:
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 about["network_evaluations_per_sample"] = store.merge()
             about |= {"file": os.path.basename(store.samples_path), "samples_made_now": missing, "settings": settings}
             about["seconds"] = round(time.perf_counter() - started, 3)
             _write_rest(store, settings, about)
             if config.png:
-                with exit_on_bad_input():
+                with exit_on_bad_input("out_dir"):
                     _write_pngs(store, job, f"{key}/pngs", config.log_json)
             print(
                 f"{missing} samples in {about['seconds']:.1f} s ({pipeline.num_samples - missing} were there), "

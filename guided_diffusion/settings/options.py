@@ -298,12 +298,18 @@ def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) 
 
 
 @contextmanager
-def exit_on_bad_input() -> Iterator[None]:
-    """Turn a ValueError or OSError inside into `BadInput`: for what the user gave."""
+def exit_on_bad_input(flag: str = "") -> Iterator[None]:
+    """Turn a ValueError or OSError inside into `BadInput`: for what the user gave.
+
+    flag: that gave the files of an OSError.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise BadInput(" ".join(str(error).split())) from None
+        said = str(error)
+        if flag and isinstance(error, OSError):
+            said = f"{flag}: {error.filename}: {error.strerror}" if error.filename else f"{flag}: {error}"
+        raise BadInput(" ".join(said.split())) from None
 
 
 def resolved(*groups: Any) -> dict[str, Any]:
