@@ -464,7 +464,7 @@ class UNetModel(_Network):
             raise ValueError(f"x: wanted sides that are multiples of {factor} (one half a level), got {list(sides)}")
 
     def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        """What the blocks are told of timestep and label, [N, 4 · model_channels]; a ValueError where one is wrong."""
+        """What the blocks are told of timestep and label, [N, 4 · model_channels]; a ValueError where one does not fit."""
         sines = timestep_embedding(timesteps, self.model_channels)
         try:
             emb = self.time_embed(sines)
