@@ -5,12 +5,11 @@ one, or an instance with one patched, takes effect in every loop.
 """
 
 import inspect
-import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from .diffusion.diffusion import Diffusion
 from .diffusion.losses import LossType, discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .diffusion.process import ForwardProcess, betas_for_alpha_bar, get_named_beta_schedule
 from .guidance.base import Guidance, GuidedDenoiser
-from .guidance.classifier import gradient_of
 
 __all__ = [
     "GaussianDiffusion",
@@ -39,8 +37,6 @@ __all__ = [
     "mean_flat",
     "normal_kl",
 ]
-
-log = logging.getLogger(__name__)
 
 Guidances = Guidance | Sequence[Guidance] | GuidedDenoiser | None
 Result = dict[str, Tensor]
@@ -59,11 +55,6 @@ def _extract_into_tensor(arr: np.ndarray, timesteps: Tensor, broadcast_shape: Se
     """Values of an array [T] at timesteps [N], float32, expanded to a shape of N rows."""
     values = torch.from_numpy(arr).to(timesteps.device)[timesteps].float()
     return values.reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
-
-
-@cache
-def _say_dropout() -> None:
-    log.warning("sampling with dropout at work, anew at every call: the network is in training mode, call .eval()")
 
 
 class _OwnProcess:
@@ -280,7 +271,7 @@ class GaussianDiffusion(Diffusion):
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The mean that a classifier's gradient has moved."""
-        gradient = gradient_of(cond_fn, x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return samplers.shifted_mean(p_mean_var["mean"].float(), p_mean_var["variance"], gradient.float())
 
     def condition_score(
@@ -293,7 +284,7 @@ class GaussianDiffusion(Diffusion):
     ) -> Result:
         """`p_mean_var` with the score moved by a classifier's gradient: its mean and pred_xstart follow."""
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        gradient = gradient_of(cond_fn, x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         eps = samplers.shifted_eps(self.process, t, eps, gradient)
         x0 = self._predict_xstart_from_eps(x, t, eps)
         mean = self.q_posterior_mean_variance(x_start=x0, x_t=x, t=t)[0]
@@ -541,11 +532,7 @@ class GaussianDiffusion(Diffusion):
         skip_timesteps: int,
         init_image: Tensor | None,
     ) -> Tensor:
-        """The first x_t of a loop; a warning where dropout is at work in it."""
-        if isinstance(model, nn.Module) and any(
-            isinstance(part, nn.Dropout) and part.p and part.training for part in model.modules()
-        ):
-            _say_dropout()
+        """The first x_t of a loop."""
         if not 0 <= skip_timesteps < self.num_timesteps:
             raise ValueError(f"skip_timesteps: wanted 0 to {self.num_timesteps - 1}, got {skip_timesteps}")
         if noise is None:

@@ -1,9 +1,7 @@
 """Classifier guidance (Dhariwal & Nichol 2021): ∇ log p(y | x_t) beside a prediction; each sampler applies it."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,29 +26,12 @@ class ClassifierGradient(nn.Module):
             return torch.autograd.grad(chosen.sum(), x)[0] * self.scale
 
 
-def gradient_of(cond_fn: Callable[..., Tensor], x: Tensor, t: Tensor, **condition: Any) -> Tensor:
-    """cond_fn(x, t, **condition): ∇_x log p(y | x), of x's shape; a ValueError where it gives nothing.
-
-    Inside `torch.inference_mode` no gradient is taken: there cond_fn runs outside of it, on copies.
-    """
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            x, t = x.clone(), t.clone()
-            condition = {key: rows.clone() if isinstance(rows, Tensor) else rows for key, rows in condition.items()}
-        gradient = cond_fn(x, t, **condition)
-    if gradient is None:
-        raise ValueError(f"cond_fn: wanted a gradient of the shape {list(x.shape)}, got None; does it lack a return?")
-    return gradient
-
-
 def with_classifier(denoiser: Denoiser, cond_fn: Callable[..., Tensor]) -> Denoiser:
     """A denoiser whose predictions carry cond_fn(x_t, original timestep, **condition) as `log_prob_grad`."""
 
     def denoise(x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         prediction = denoiser(x_t, t, condition)
-        gradient = gradient_of(cond_fn, x_t, prediction.process.network_timesteps(t), **condition)
+        gradient = cond_fn(x_t, prediction.process.network_timesteps(t), **condition)
         return replace(prediction, log_prob_grad=gradient.float())
 
     return denoise

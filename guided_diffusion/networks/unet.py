@@ -439,8 +439,11 @@ class UNetModel(_Network):
         )
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        self._check(x, y)
-        emb = self._embed(timesteps, y)
+        if (y is None) != (self.num_classes is None):
+            raise ValueError("labels y go with a class-conditional network, and only with one")
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        if y is not None:
+            emb = emb + self.label_emb(y)
         h = x.type(self.dtype)
         skips = []
         for block in self.input_blocks:
@@ -450,35 +453,6 @@ class UNetModel(_Network):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h.type(x.dtype))
-
-    def _check(self, x: Tensor, y: Tensor | None) -> None:
-        """Raise a ValueError for what this network does not take."""
-        if (y is None) != (self.num_classes is None):
-            raise ValueError("labels y go with a class-conditional network, and only with one")
-        if y is not None and y.is_floating_point():
-            raise ValueError(f"y: wanted labels of an integer dtype, got {y.dtype}")
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"x: wanted {self.in_channels} channels, got {list(x.shape)}")
-        sides, factor = x.shape[-min(self.dims, 2) :], 2 ** (len(self.channel_mult) - 1)
-        if any(side % factor for side in sides):
-            raise ValueError(f"x: wanted sides that are multiples of {factor} (one half a level), got {list(sides)}")
-
-    def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        """What the blocks are told of timestep and label, [N, 4 · model_channels]; a ValueError where one does not fit."""
-        sines = timestep_embedding(timesteps, self.model_channels)
-        try:
-            emb = self.time_embed(sines)
-        except RuntimeError:
-            if all(weights.dtype is sines.dtype for weights in self.time_embed.parameters()):
-                raise
-            raise ValueError(
-                "embeddings and normalisations must stay float32, and this network was converted whole: "
-                "network.float(), then convert_to_fp16() or convert_to(dtype)"
-            ) from None
-        try:
-            return emb if y is None else emb + self.label_emb(y)
-        except IndexError:
-            raise ValueError(f"y: wanted labels from 0 to {self.num_classes - 1}, got {y.tolist()}") from None
 
 
 class SuperResModel(UNetModel):
