@@ -144,7 +144,7 @@ def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
     """
     found = _levels(shapes) if "time_embed.0.weight" in shapes and "input_blocks.0.0.weight" in shapes else None
     if not found:
-        raise ValueError("its tensors are those of no ADM or IDDPM network")
+        raise ValueError(f"its tensors are those of no ADM or IDDPM network, the first is {next(iter(shapes), 'none')}")
     levels, blocks = found
     channels, in_channels = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
     mult = ",".join(f"{level.width / channels:g}" for level in levels)
