@@ -74,7 +74,7 @@ def main() -> None:
     training, classifier_config, network_config, diffusion_config = configs
     image_size, num_classes = network_config.image_size, network_config.num_classes
     job = start()
-    with exit_on_bad_input():
+    with exit_on_bad_input("out_dir"):
         torch.manual_seed(training.seed)
         network = build_classifier(image_size, classifier_config, num_classes).to(job.device)
         folders = [training.data_dir] + ([training.val_data_dir] if training.val_data_dir else [])
