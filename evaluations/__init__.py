@@ -8,9 +8,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
 
 def evaluate(
-    reference: str | PathLike, samples: str | PathLike, against: str | PathLike | None = None, **settings: Any
+    reference: str | PathLike,
+    samples: str | PathLike,
+    against: str | PathLike | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """What `evaluator.py --json` writes: `["metrics"]["fid"]["value"]` and `["error"]`, and where the numbers come from.
+    """What `evaluator.py --json` writes: `["metrics"]["fid"]["value"]`, `["error"]`, and where the numbers come from.
 
     reference, samples: npz files, folders of a run or of pictures. against: other samples of the same seed; then
     `["difference"]["metrics"]` has the metrics of `samples` minus theirs, with paired errors. settings: the evaluator's

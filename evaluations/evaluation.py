@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from evaluations.features import FeatureRows, ImageFeatures
 from evaluations.measured import Measured, of_influence, of_parts, of_share, wilson
@@ -156,37 +157,42 @@ def _frechet(reference: Side, samples: Side, feature: str) -> tuple[Measured, Fr
 def _manifold(
     reference: FeatureRows, samples: FeatureRows, wide: bool, half: bool, device: torch.device
 ) -> dict[str, Measured]:
-    """Shares by name. Errors: of samples one by one (precision, density, copies), of parts of them (recall), of the
-
-    reference's balls, each hit or not (coverage).
-    """
+    """Shares by name; errors of sums over samples sample by sample, of recall and coverage by parts of the samples."""
     centre = sum(block.sum(dim=0) for block in reference.blocks()) / len(reference)
     whole = Distances(False, centre, device)
     parts = Parts.of(samples, NEIGHBOURS_K, whole)
-    found = neighbours(
+    found = extended = neighbours(
         reference,
         samples,
         Distances(half, centre, device),
         NEIGHBOURS_K,
-        None if half or not wide else EXTENDED_K,
+        EXTENDED_K if wide and not half else None,
         parts,
     )
-    extended = found
-    if half and wide:
-        extended = neighbours(reference, samples, whole, NEIGHBOURS_K, EXTENDED_K)
-    shares = {"precision": found.precise, "density": extended.balls, "copies": extended.copied,
-              "coverage": extended.covered}  # fmt: skip
-    measured = {name: of_share(hits.double().cpu().numpy()) for name, hits in shares.items() if hits is not None}
-    deviations = of_parts(found.recall_of_parts.cpu().numpy(), KEPT)
-    measured["recall"] = Measured(float(found.recalled.double().mean()), deviations)
-    counts = {"precision": len(samples), "copies": len(samples)}
+    if wide and half:
+        extended = neighbours(reference, samples, whole, NEIGHBOURS_K, EXTENDED_K, parts)
+
+    def of_balls(hit: Tensor, in_parts: Tensor) -> Measured:
+        return Measured(float(hit.double().mean()), of_parts(in_parts.cpu().numpy(), KEPT))
+
+    measured = {
+        "precision": of_share(found.precise.double().cpu().numpy()),
+        "recall": of_balls(found.recalled, found.recalled_in_parts),
+    }
+    if wide:
+        measured["density"] = of_share(extended.balls.cpu().numpy())
+        measured["coverage"] = of_balls(extended.covered, extended.covered_in_parts)
+        measured["copies"] = of_share(extended.copied.double().cpu().numpy())
     fewest = min(len(samples), len(reference))
-    for name in ("precision", "recall", "coverage", "copies"):
+    for name, count in {
+        "precision": len(samples),
+        "recall": fewest,
+        "coverage": fewest,
+        "copies": len(samples),
+    }.items():
         if name in measured and measured[name].value in (0, 1):
-            value = measured[name].value
-            measured[name] = replace(measured[name], interval=wilson(value, counts.get(name, fewest)))
-    order = ("precision", "recall", *WIDE)
-    return {name: measured[name] for name in order if name in measured}
+            measured[name] = replace(measured[name], interval=wilson(measured[name].value, count))
+    return measured
 
 
 def not_comparable(

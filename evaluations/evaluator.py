@@ -66,8 +66,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--metrics", metavar="NAMES", help="only these, comma-separated, like fid,precision")
     parser.add_argument(
         "--extended", action="store_true",
-        help="also KID, MIND (sliced Wasserstein distance), FID∞, density, coverage, copies (the share of samples nearer "
-        "to a reference image than any other reference image is), the distance of the class histograms, and the "
+        help="also KID, MIND (sliced Wasserstein distance), FID∞, density, coverage, copies (the share of samples "
+        "nearer to a reference image than any other reference image is), the distance of the class histograms, and the "
         "Inception score in shuffled order",
     )  # fmt: skip
     parser.add_argument(

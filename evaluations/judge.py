@@ -8,7 +8,17 @@ from typing import Any
 
 from evaluations.dinov2 import dinov2
 from evaluations.emoji import WEIGHTS, emoji_features
-from evaluations.evaluation import OF_BOTH, Side, evaluate, few, metric_names, not_comparable, warnings, why_not
+from evaluations.evaluation import (
+    OF_BOTH,
+    Side,
+    difference,
+    evaluate,
+    few,
+    metric_names,
+    not_comparable,
+    warnings,
+    why_not,
+)
 from evaluations.features import extract
 from evaluations.inception import SHA256, inception, published_weights
 from evaluations.networks import FeatureNetwork, use_whole_floats, versions
@@ -167,7 +177,7 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
     result = {
         "metrics": {name: measured.described() for name, measured in found.metrics.items()},
         "parts": {
-            name: {"means": parts.mean_term, "traces": parts.traces, "cross_trace": parts.cross_trace}
+            name: {"means": parts.mean_term, "traces": list(parts.traces), "cross_trace": parts.cross_trace}
             for name, parts in found.parts.items()
         },
         "missing": found.missing,

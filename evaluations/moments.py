@@ -126,7 +126,7 @@ def _cross_trace(first: Gaussian, second: Gaussian, scale: float) -> float:
 
 
 def frechet_jackknife(features: NDArray, reference: Gaussian) -> Array:
-    """Deviations of the distance of few samples, [N]: their norm is its standard error, by leaving out one at a time."""
+    """Deviations of the distance of few samples [N, D], by leaving out one at a time: [N], their norm is its error."""
     x = features.astype(np.float64)
     n = len(x) - 1
     products = x @ reference.covariance @ x.T

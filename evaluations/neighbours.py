@@ -109,17 +109,19 @@ def nearest_other(features: Rows, distances: Distances) -> Tensor:
 
 
 PARTS, KEPT = 50, 0.6
-"""Random parts of the samples by which recall's error is found, and the share of the samples in each: with more in a
-part it comes out too large, with less too small (a radius is no smooth function of the samples)."""
+"""Random parts of the samples by which the errors of recall and coverage are found, and the share of samples in each.
+
+Who is inside some ball is no smooth function of the samples: leaving out one at a time makes errors too large.
+"""
 NEAR = 12
 """Neighbours known of a sample: its k-th one in a part is among them but for a chance of 1 in 400."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Samples cut at random, the same way for as many samples: what recall would be on each of PARTS parts.
+    """PARTS random parts of the samples, the same ones for as many samples.
 
-    squared: [N, PARTS] the squared radius of each sample in each part, −1 where it is not in it; whole: [N] in the whole.
+    squared: [N, PARTS] the squared radius of each sample in each part, −1 outside of it. whole: [N] in the whole.
     """
 
     squared: Tensor
@@ -138,6 +140,11 @@ class Parts:
             place = (inside < k).sum(dim=1).clamp(max=near.shape[1] - 1)
             squared[rows] = near[rows].gather(1, place).masked_fill(~kept[rows], -1)
         return cls(squared, near[:, k - 1])
+
+    @property
+    def reach(self) -> Tensor:
+        """[N] the largest radius of each sample in any part."""
+        return self.squared.amax(dim=1)
 
 
 def nearest(features: Rows, count: int, distances: Distances) -> tuple[Tensor, Tensor]:
@@ -164,15 +171,16 @@ class Neighbours:
     """Who is inside whose ball. N samples, M reference images; None where not asked for.
 
     precise: [N] bool, samples inside a reference ball; recalled: [M] bool, reference images inside a sample's ball;
-    recall_of_parts: [PARTS] the share of these on parts of the samples; balls: [N] the reference balls a sample is in,
-    over k; covered: [M] bool, balls with a sample; copied: [N] bool, copies.
+    balls: [N] the reference balls a sample is in, over k; covered: [M] bool, balls with a sample; copied: [N] bool,
+    copies. …_in_parts: [PARTS] the shares of recalled and covered images of parts of the samples.
     """
 
     precise: Tensor
     recalled: Tensor
-    recall_of_parts: Tensor | None = None
+    recalled_in_parts: Tensor | None = None
     balls: Tensor | None = None
     covered: Tensor | None = None
+    covered_in_parts: Tensor | None = None
     copied: Tensor | None = None
 
 
@@ -194,29 +202,38 @@ def neighbours(
     sample_radii = radii(samples, k, distances) if parts is None or distances.half else parts.whole
     precise = torch.zeros(len(samples), dtype=torch.bool, device=distances.device)
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=distances.device)
-    in_parts = torch.zeros(len(reference), PARTS, dtype=torch.bool, device=distances.device)
-    if parts is not None:
-        reach = parts.squared.amax(dim=1)
+    recalled_in, covered_in = (
+        torch.zeros(len(reference) if parts is not None else 0, PARTS, dtype=torch.bool, device=distances.device)
+        for _ in range(2)
+    )
     if extended_k is not None:
         wide, away = radii(reference, extended_k, distances), nearest_other(reference, distances)
         balls = torch.zeros(len(samples), dtype=torch.float64, device=distances.device)
         covered, copied = torch.zeros_like(recalled), torch.zeros_like(precise)
+    reach = parts.reach if parts is not None else None
     for rows, left in distances.cut(reference):
         for columns, right in distances.cut(samples):
             block = distances.between(left, right)
             precise[columns] |= (block <= reference_radii[rows, None]).any(dim=0)
             recalled[rows] |= (block <= sample_radii[columns]).any(dim=1)
             if parts is not None:
-                image, sample = (block <= reach[columns]).nonzero(as_tuple=True)
-                inside = block[image, sample, None] <= parts.squared[columns][sample]
-                in_parts[rows] |= torch.zeros(len(left), PARTS, device=block.device).index_add_(
-                    0, image, inside.float()).bool()  # fmt: skip
+                near = (block <= reach[columns]).nonzero(as_tuple=True)
+                inside = block[near][:, None] <= parts.squared[columns][near[1]]
+                recalled_in[rows] |= _any(near[0], inside, len(left))
             if extended_k is not None:
                 within = block <= wide[rows, None]
                 balls[columns] += within.sum(dim=0)
                 covered[rows] |= within.any(dim=1)
                 copied[columns] |= (block < away[rows, None]).any(dim=0)
-    of_parts = in_parts.double().mean(dim=0) if parts is not None else None
+                if parts is not None:
+                    near = within.nonzero(as_tuple=True)
+                    covered_in[rows] |= _any(near[0], parts.squared[columns][near[1]] >= 0, len(left))
+    shares = [each.double().mean(dim=0) if parts is not None else None for each in (recalled_in, covered_in)]
     if extended_k is None:
-        return Neighbours(precise, recalled, of_parts)
-    return Neighbours(precise, recalled, of_parts, balls / extended_k, covered, copied)
+        return Neighbours(precise, recalled, shares[0])
+    return Neighbours(precise, recalled, shares[0], balls / extended_k, covered, shares[1], copied)
+
+
+def _any(rows: Tensor, hits: Tensor, count: int) -> Tensor:
+    """Whether any of the hits [K, PARTS] at the rows [K] is one: [count, PARTS]."""
+    return torch.zeros(count, hits.shape[1], device=hits.device).index_add_(0, rows, hits.float()).bool()

@@ -23,7 +23,7 @@ def why_not_paired(first: Source, second: Source) -> str:
         return f"{first.path} holds {len(first.images)} images, {second.path} {len(second.images)}"
     for source in (first, second):
         if not isinstance(source.about.get("identity"), dict):
-            return f"{source.path} does not say how it was made (no manifest.json); --paired says that sample i is sample i"
+            return f"{source.path} has no manifest.json that says how it was made (--paired: sample i is sample i)"
     one, other = (source.about["identity"] for source in (first, second))
     for name in MADE_OF:
         if one.get(name) != other.get(name):

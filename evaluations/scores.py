@@ -1,7 +1,5 @@
 """Inception score, kernel distance, FID∞, MIND and class histograms: metrics summed as features stream by."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -1,6 +1,6 @@
 """How far claimed standard errors are from the true ones: metrics of many draws whose distribution is known.
 
-  python tests/evaluations/calibration.py --draws 400 --out docs/calibration.json     (about an hour on one thread)
+  python tests/calibration.py --draws 400 --out docs/calibration.json     (about an hour on one thread)
 
 A case has n samples and m reference images with D features, and two ways to make samples of the same noise. Per metric:
 its true spread over draws, the mean error claimed, and both of the difference between the two ways, beside the error
@@ -75,9 +75,7 @@ def calibrate(case, draws):
     reference = side(np.random.default_rng(10**6).standard_normal((case.m, case.d)) * falls)
     found, differences = [], []
     for number in range(draws):
-        one, other = (
-            evaluate(reference, side(x), names(case), False, torch.device("cpu")) for x in draw(case, number)
-        )
+        one, other = (evaluate(reference, side(x), names(case), False, torch.device("cpu")) for x in draw(case, number))
         found.append((one.metrics, other.metrics))
         differences.append(difference(one, other))
     table = {}
