@@ -38,4 +38,5 @@ def gaussian_blur(x: Tensor, sigma: float, kernel: int | None = None) -> Tensor:
     x = F.pad(x, (columns, columns, rows, rows), mode="reflect")
     across = _weights(sigma, columns, x).expand(channels, 1, 1, -1)
     down = _weights(sigma, rows, x)[:, None].expand(channels, 1, -1, -1)
-    return F.conv2d(F.conv2d(x, across, groups=channels), down, groups=channels)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(F.conv2d(x, across, groups=channels), down, groups=channels)

@@ -4,7 +4,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention import Attend, Listener, Split, TokenLinear, split_legacy, split_new
+from .attention import Attend, Listener, Split, TokenLinear, of_this_thread, split_legacy, split_new
 from .layers import (
     avg_pool_nd,
     checkpoint,
@@ -213,12 +213,18 @@ class AttentionBlock(nn.Module):
         self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(num_heads)
         self.proj_out = zero_module(TokenLinear(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+    def forward(self, x: Tensor, *, attend: Attend | None = None) -> Tensor:
+        """attend: does the attention in the place of the block's own."""
+        forward = partial(self._forward, attend=attend) if attend else self._forward
+        return checkpoint(forward, (x,), self.parameters(), self.use_checkpoint)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2)
-        return x + self.proj_out(self.attention(self.qkv(tokens))).reshape(x.shape)
+    def _forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(2))
+        if attend:
+            values = attend(*self.split(qkv)).transpose(-1, -2).flatten(1, 2).to(qkv.dtype)
+        else:
+            values = self.attention(qkv)
+        return x + self.proj_out(values).reshape(x.shape)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `attention` is given, [N, 3·C, T], as q, k, v of [N, heads, T, d]."""
@@ -231,19 +237,23 @@ class AttentionBlock(nn.Module):
         def see(_block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             grid[:] = inputs[0].shape[2:]
 
-        def hear(_attention: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
-            q, k, _ = (split or self.split)(inputs[0])
+        def hear(_qkv: nn.Module, _inputs: tuple[Tensor], qkv: Tensor) -> None:
+            q, k, _ = (split or self.split)(qkv)
             listener(q, k, tuple(grid))
 
-        return [self.register_forward_pre_hook(see), self.attention.register_forward_hook(hear)]
+        return [
+            self.register_forward_pre_hook(of_this_thread(see)),
+            self.qkv.register_forward_hook(of_this_thread(hear)),
+        ]
 
     def replace(self, fn: Attend) -> RemovableHandle:
         """As `Replaceable.replace`."""
 
-        def hook(_attention: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            return fn(*self.split(inputs[0])).transpose(-1, -2).flatten(1, 2).to(output.dtype)
+        # An argument, not a hook on `attention`: so it is there also where `checkpoint` computes again.
+        def attend(_block: nn.Module, inputs: tuple[Tensor, ...], _more: dict[str, Any]) -> Any:
+            return inputs, {"attend": fn}
 
-        return self.attention.register_forward_hook(hook)
+        return self.register_forward_pre_hook(of_this_thread(attend), with_kwargs=True)
 
 
 class AttentionPool2d(nn.Module):
