@@ -79,7 +79,7 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of tensors, added in pairs, pairs of pairs and so on, so that rounding grows with log₂ of their number."""
+    """The sum of tensors, added in pairs, pairs of pairs and so on: rounding grows with log₂ of their number."""
     sums: list[Tensor] = []  # of 2^k parts each, as the digits of a binary number
     for number, part in enumerate(parts, start=1):
         while number % 2 == 0:
@@ -131,8 +131,8 @@ def find_block(network: nn.Module, name: str) -> Replaceable:
 
 
 UNHEARD = (
-    "{} was not heard in the pass: the blocks are of another network than was called (a deep copy?), or its hooks do not "
-    "run (a wrapper? torch.compile, and called before guidance was there? torch.compiler.reset() forgets that call)"
+    "{} was not heard in the pass: the blocks are of another network than was called (a deep copy?), or its hooks do "
+    "not run (a wrapper? torch.compile, and called before guidance was there? torch.compiler.reset() forgets that call)"
 )
 
 
@@ -148,8 +148,8 @@ def last_rows(scores: Mapping[Attends, Tensor], rows: int, of: int) -> Scores:
     for score in scores.values():
         if len(score) != of:
             raise ValueError(
-                f"attention of {len(score)} rows was heard in a pass of {of}: the denoiser calls its network for more or "
-                "other rows (guided already? give all guidances to one GuidedDenoiser)"
+                f"attention of {len(score)} rows was heard in a pass of {of}: the denoiser calls its network for more "
+                "or other rows (guided already? give all guidances to one GuidedDenoiser)"
             )
     return Scores({block: score[-rows:] for block, score in scores.items()})
 

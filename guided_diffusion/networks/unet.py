@@ -218,7 +218,7 @@ class AttentionBlock(nn.Module):
         forward = partial(self._forward, attend=attend) if attend else self._forward
         return checkpoint(forward, (x,), self.parameters(), self.use_checkpoint)
 
-    def _forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+    def _forward(self, x: Tensor, *, attend: Attend | None = None) -> Tensor:
         qkv = self.qkv(self.norm(x).flatten(2))
         if attend:
             values = attend(*self.split(qkv)).transpose(-1, -2).flatten(1, 2).to(qkv.dtype)

@@ -1,4 +1,4 @@
-"""Attention is heard and replaced in the very pass that it is for: in parts, by threads, compiled, and computed again."""
+"""Attention is heard and replaced in the very pass that it is for: in parts, by threads, compiled, computed again."""
 
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def test_attention_of_another_number_of_rows_is_refused(small):
     def twice(x, t):
         return network(torch.cat([x, x]), torch.cat([t, t]))[: len(x)]
 
-    with pytest.raises(ValueError, match="attention of 8 rows was heard in a pass of 4: .*guided already"):
+    with pytest.raises(ValueError, match=r"attention of 8 rows was heard in a pass of 4: .*guided already"):
         guided_eps(twice, diffusion, [sag(network)])
 
 
