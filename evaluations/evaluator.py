@@ -73,7 +73,9 @@ def arguments() -> argparse.Namespace:
 
 def table(result: dict[str, Any]) -> str:
     """A result for people."""
-    lines = [f"{result['n'] or 'unknown number of'} samples, {result['features']} features"]
+    images = result["provenance"]["reference"]["images"]
+    against = f"{images} images" if images else "statistics"
+    lines = [f"{result['n'] or 'unknown number of'} samples against {against}, {result['features']} features"]
     for name, measured in result["metrics"].items():
         factor, error = 1000 if name == "kid" else 1, measured["error"]
         shown = "" if error is None else f" ± {error * factor:.4f}"

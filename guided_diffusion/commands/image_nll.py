@@ -19,7 +19,7 @@ from ..runs.likelihood import measure
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
-from ..storage.images import ImageFolder
+from ..storage.images import ImageFolder, found
 
 
 @command
@@ -45,5 +45,7 @@ def main() -> None:
         print(json.dumps(result, ensure_ascii=False))
         return
     total, prior = result["total_bpd"], result["prior_bpd"]
+    there = found(likelihood.data_dir, result["images"], result["classes"], network_config.num_classes)
     error = "" if total["error"] is None else f" ± {total['error']:.4f}"
-    print(f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}; N = {result['n']}")
+    bits = f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}"
+    print(f"{bits}; N = {result['n']} of {there}")

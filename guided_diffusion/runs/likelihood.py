@@ -137,7 +137,7 @@ def measure(
         result = None
         if job.rank == 0:
             with exit_on_bad_input():
-                result = _result(store, settings)
+                result = _result(store, settings, images)
         job.leave_together(f"{key}/finished")
     return result
 
@@ -148,7 +148,7 @@ def _mean(values: NDArray[np.float64]) -> dict[str, float | None]:
     return {"value": float(values.mean()), "error": error}
 
 
-def _result(store: Measurements, settings: dict[str, Any]) -> dict[str, Any]:
+def _result(store: Measurements, settings: dict[str, Any], images: ImageFolder) -> dict[str, Any]:
     totals, priors = [], []
     sums = {name: np.zeros(store.num_steps) for name in BY_STEP}
     for number in store.shards:
@@ -163,6 +163,8 @@ def _result(store: Measurements, settings: dict[str, Any]) -> dict[str, Any]:
         "total_bpd": _mean(np.concatenate(totals)),
         "prior_bpd": _mean(np.concatenate(priors)),
         "n": store.num_samples,
+        "images": len(images),
+        "classes": len(images.class_names),
         "network_evaluations_per_image": store.num_steps,
         "settings": settings,
         "versions": versions(),
