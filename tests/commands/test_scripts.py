@@ -292,7 +292,7 @@ def test_without_a_number_of_classes_training_takes_the_folders(tmp_path, capsys
 
 
 def test_a_classifiers_scale_without_a_classifier(base, capsys):
-    flags = base | {"num_samples": 1, "timestep_respacing": 1, "sag_scale": 0}
+    flags = base | {"num_samples": 1, "timestep_respacing": 1}
     error = refused(capsys, "classifier_sample", **flags, classifier_scale=3)
     assert "classifier_path: classifier_scale 3 needs" in error
     run("classifier_sample", **flags)
