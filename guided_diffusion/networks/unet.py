@@ -306,6 +306,18 @@ class _Network(nn.Module):
     def dtype(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
+    def _check(self, x: Tensor) -> None:
+        """Raise a ValueError for an input or weights of a precision that layers would break off at."""
+        if torch.is_autocast_enabled(x.device.type):
+            return
+        weight = next(self.time_embed.parameters(), x)
+        for name, given in (("x", x), ("weights", weight)):
+            if given.dtype is not torch.float32:
+                raise ValueError(
+                    f"{name}: wanted float32, got {str(given.dtype).removeprefix('torch.')}; half precision is "
+                    "network.convert_to(torch.bfloat16), which leaves input, embeddings and output in float32"
+                )
+
     def convert_to(self, dtype: torch.dtype) -> None:
         """Compute the torso in float16 (GPU only) or bfloat16; embeddings, normalisation and output stay in float32."""
         for name, module in self.named_modules():
@@ -448,12 +460,28 @@ class UNetModel(_Network):
             normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
         )
 
+    def _embedded(self, y: Tensor, rows: int) -> Tensor:
+        """The embeddings of labels; a ValueError where they are none (out of range: on a CPU, a GPU says it itself)."""
+        wanted = f"y: wanted classes, int64 from 0 to {self.num_classes - 1}, one for {rows} rows or for each"
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{wanted}; got {type(y).__name__}")
+        if y.dtype not in (torch.int64, torch.int32) or y.shape not in ((), (1,), (rows,)):
+            raise ValueError(f"{wanted}; got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
+        try:
+            return self.label_emb(y)
+        except IndexError:
+            raise ValueError(f"{wanted}; got {y.min()} to {y.max()}") from None
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        self._check(x)
+        factor, sides = 2 ** (len(self.channel_mult) - 1), x.shape[3 if self.dims == 3 else 2 :]
+        if any(side % factor for side in sides):
+            raise ValueError(f"x: wanted sides that are multiples of {factor}, got {'×'.join(map(str, sides))}")
         if (y is None) != (self.num_classes is None):
             raise ValueError("labels y go with a class-conditional network, and only with one")
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + self._embedded(y, len(x))
         h = x.type(self.dtype)
         skips = []
         for block in self.input_blocks:
@@ -543,6 +571,7 @@ class EncoderUNetModel(_Network):
             raise ValueError(f"classifier_pool: {pool!r} is none of adaptive, attention, spatial, spatial_v2")
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        self._check(x)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         h = x.type(self.dtype)
         means = []
