@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..diffusion.denoiser import hooks_seen, may_be_compiled
+from .layers import without_autocast
 
 ENTRIES_AT_A_TIME = 2**20
 """Of attention maps that exist at once: 4 MB."""
@@ -73,7 +74,7 @@ def split_new(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) over keys, in float32: [..., Q, d] and [..., T, d] to [..., Q queries, T keys]."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
     return logits.softmax(dim=-1)
 

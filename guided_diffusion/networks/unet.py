@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .attention import Attend, Listener, Split, TokenLinear, of_this_thread, split_legacy, split_new
 from .layers import (
+    autocasts,
     avg_pool_nd,
     checkpoint,
     conv_nd,
@@ -308,7 +309,7 @@ class _Network(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         """Raise a ValueError for an input or weights of a precision that layers would break off at."""
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x.device):
             return
         weight = next(self.time_embed.parameters(), x)
         for name, given in (("x", x), ("weights", weight)):
