@@ -307,17 +307,21 @@ class _Network(nn.Module):
     def dtype(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
-    def _check(self, x: Tensor) -> None:
-        """Raise a ValueError for an input or weights of a precision that layers would break off at."""
-        if autocasts(x.device):
-            return
-        weight = next(self.time_embed.parameters(), x)
-        for name, given in (("x", x), ("weights", weight)):
-            if given.dtype is not torch.float32:
-                raise ValueError(
-                    f"{name}: wanted float32, got {str(given.dtype).removeprefix('torch.')}; half precision is "
-                    "network.convert_to(torch.bfloat16), which leaves input, embeddings and output in float32"
-                )
+    def _embed(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The timesteps' embeddings, [N, 4 · model_channels]; a ValueError where precisions do not go together."""
+        embedding = timestep_embedding(timesteps, self.model_channels)
+        if not autocasts(x.device):
+            for name, wanted, got in (
+                ("weights", embedding, next(self.time_embed.parameters(), embedding)),
+                ("x", next(self.out.parameters(), x), x),
+            ):
+                if got.dtype is not wanted.dtype:
+                    kinds = [str(part.dtype).removeprefix("torch.") for part in (wanted, got)]
+                    raise ValueError(
+                        f"{name}: wanted {kinds[0]}, got {kinds[1]}; half precision is "
+                        "network.convert_to(torch.bfloat16), which leaves input, embeddings and output in float32"
+                    )
+        return self.time_embed(embedding)
 
     def convert_to(self, dtype: torch.dtype) -> None:
         """Compute the torso in float16 (GPU only) or bfloat16; embeddings, normalisation and output stay in float32."""
@@ -474,13 +478,12 @@ class UNetModel(_Network):
             raise ValueError(f"{wanted}; got {y.min()} to {y.max()}") from None
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        self._check(x)
         factor, sides = 2 ** (len(self.channel_mult) - 1), x.shape[3 if self.dims == 3 else 2 :]
         if any(side % factor for side in sides):
             raise ValueError(f"x: wanted sides that are multiples of {factor}, got {'×'.join(map(str, sides))}")
         if (y is None) != (self.num_classes is None):
             raise ValueError("labels y go with a class-conditional network, and only with one")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        emb = self._embed(x, timesteps)
         if y is not None:
             emb = emb + self._embedded(y, len(x))
         h = x.type(self.dtype)
@@ -572,8 +575,7 @@ class EncoderUNetModel(_Network):
             raise ValueError(f"classifier_pool: {pool!r} is none of adaptive, attention, spatial, spatial_v2")
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        self._check(x)
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        emb = self._embed(x, timesteps)
         h = x.type(self.dtype)
         means = []
         for block in [*self.input_blocks, self.middle_block]:
