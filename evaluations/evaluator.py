@@ -1,7 +1,7 @@
 """Evaluate samples against a reference: FID, sFID, Inception score, precision and recall.
 
-REF and SAMPLES are an npz (arr_0: uint8 [N, H, W, 3]), the folder of a sampling run, a folder of pictures, or
-statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A stopped evaluation goes on where it was.
+REF and SAMPLES are an npz (arr_0: uint8 [N, H, W, 3]), the folder of a sampling run, a folder of pictures (at any
+depth), or statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A stopped evaluation goes on where it was.
 
   python evaluations/evaluator.py VIRTUAL_imagenet256_labeled.npz samples_50000x256x256x3.npz --pr_dtype fp16
   mpiexec -n 8 python evaluations/evaluator.py REF runs/mine --json result.json
