@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluations.judge import Settings, cache_folder, judge
-from evaluations.ranks import Ranks, run
+from evaluations.ranks import BadInputError, Ranks, run
 
 TITLES = {
     "fid": "FID",
@@ -118,9 +118,12 @@ def judge_and_tell(ranks: Ranks) -> None:
     metrics = args.pop("metrics")
     result = judge(Settings(**args, metrics=tuple(metrics.split(",")) if metrics else None), ranks)
     if ranks.rank == 0:
-        if path:
-            write_json(path, result)
         print(table(result))
+        if path:
+            try:
+                write_json(path, result)
+            except OSError as error:
+                raise BadInputError(f"--json: {error.filename}: {error.strerror}") from None
 
 
 def main() -> None:

@@ -146,6 +146,8 @@ def _advice(array: ArrayFile) -> str:
         return ", which look like [0, 1]: times 255, rounded, as uint8"
     if low >= -1 and high <= 1:
         return ", which look like [-1, 1]: (x + 1) · 127.5, rounded, as uint8"
+    if low >= 0 and high <= 255:
+        return ", which look like [0, 255]: rounded, as uint8"
     return ""
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     training, classifier_config, network_config, diffusion_config = configs
     image_size = network_config.image_size
     job = start()
-    with exit_on_bad_input():
+    with exit_on_bad_input("out_dir"):
         network_config, classes = look_at(training.data_dir, replace(network_config, class_cond=True), job)
         folders = [training.data_dir]
         if training.val_data_dir:

@@ -8,6 +8,12 @@ from .options import option
 NUM_CLASSES = 1000
 
 
+def check_heads(flag: str, value: int) -> None:
+    """Raise a ValueError for a number of heads, or of their channels, that is neither one nor −1, left to others."""
+    if value < 1 and value != -1:
+        raise ValueError(f"{flag}: wanted 1 or more, or -1, got {value}")
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """network (as the checkpoint was trained)"""
@@ -37,6 +43,10 @@ class NetworkConfig:
             least = self.least_classes if name == "num_classes" else 1
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: wanted {least} or more, got {getattr(self, name)}")
+        for name in ("num_head_channels", "num_heads_upsample"):
+            check_heads(name, getattr(self, name))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: wanted a share from 0 to less than 1, got {self.dropout}")
 
 
 @dataclass(frozen=True)

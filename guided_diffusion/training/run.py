@@ -111,7 +111,7 @@ def train_diffusion(
     condition: of the samples on the way.
     """
     training, network_config, diffusion_config = configs
-    with exit_on_bad_input():
+    with exit_on_bad_input("out_dir"):
         loop = TrainLoop(
             network.to(job.device),
             build_diffusion(diffusion_config),

@@ -124,6 +124,8 @@ FLOATS = np.random.default_rng(0).random((4, 8, 8, 3)).astype(np.float32)
     ("array", "sentence"),
     [
         (FLOATS, r"wanted uint8 \[N, H, W, 3\], got float32 \[4, 8, 8, 3\], which look like \[0, 1\]: times 255"),
+        (FLOATS * 255, r"got float32 \[4, 8, 8, 3\], which look like \[0, 255\]: rounded, as uint8"),
+        (FLOATS * 300 - 9, r"got float32 \[4, 8, 8, 3\]$"),
         (FLOATS * 2 - 1, r"got float32 \[4, 8, 8, 3\], which look like \[-1, 1\]"),
         (FLOATS * 300, r"got float32 \[4, 8, 8, 3\]$"),
         (pictures().astype(np.int64), "got int64 .*: cast it to uint8"),
