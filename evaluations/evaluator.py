@@ -1,7 +1,8 @@
 """Evaluate samples against a reference: FID, sFID, Inception score, precision and recall.
 
-REF and SAMPLES are an npz (arr_0: uint8 [N, H, W, 3]), the folder of a sampling run, a folder of pictures, or
-statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A stopped evaluation goes on where it was.
+REF and SAMPLES are an npz (arr_0: uint8 [N, H, W, 3]), the folder of a sampling run, a folder of pictures (at any
+depth), or statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A stopped evaluation goes on where
+it was.
 
   python evaluations/evaluator.py VIRTUAL_imagenet256_labeled.npz samples_50000x256x256x3.npz --pr_dtype fp16
   mpiexec -n 8 python evaluations/evaluator.py REF runs/mine --json result.json
@@ -97,7 +98,9 @@ def shown(name: str, measured: dict[str, Any], sign: str = "") -> str:
 
 def table(result: dict[str, Any]) -> str:
     """A result for people."""
-    lines = [f"{result['n'] or 'unknown number of'} samples, {result['features']} features"]
+    images = result["provenance"]["reference"]["images"]
+    against = f"{images} images" if images else "statistics"
+    lines = [f"{result['n'] or 'unknown number of'} samples against {against}, {result['features']} features"]
     for name, measured in result["metrics"].items():
         lines.append(f"  {TITLES[name]:<26}{shown(name, measured)}")
         if parts := result["parts"].get(name):

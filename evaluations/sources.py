@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import blobfile as bf
@@ -204,16 +205,30 @@ def _manifest(path: str) -> dict[str, Any]:
 
 def _open_folder(path: str) -> Source:
     folder = bf.join(path, "shards") if bf.isdir(bf.join(path, "shards")) else path
-    listed = sorted(bf.listdir(folder))
-    shards = [name for name in listed if name.startswith("shard_") and name.endswith(".npz")]
+    shards = [name for name in sorted(bf.listdir(folder)) if name.startswith("shard_") and name.endswith(".npz")]
     if shards:
         about = _manifest(bf.join(path, "manifest.json"))
         return Source(path, _open_shards(folder, shards, about.get("samples")), about=about)
-    pictures = [name for name in listed if name.lower().endswith(IMAGE_SUFFIXES)]
+    pictures = _pictures(folder)
     if not pictures:
         raise ValueError(f"{path}: wanted shards (shard_….npz) or pictures (png, jpg, …) in this folder, got neither")
-    parts = [Part(bf.join(folder, name), number, 1) for number, name in enumerate(pictures)]
+    parts = [Part(picture, number, 1) for number, picture in enumerate(pictures)]
     return Source(path, Images(parts, _picture(parts[0].path).shape[:2]))
+
+
+def _pictures(folder: str) -> list[str]:
+    """All pictures of a folder, sorted by name, and then those of each folder in it, also where links lead to one."""
+    paths = [bf.join(folder, name) for name in sorted(bf.listdir(folder))]
+    pictures = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+    for path in paths:
+        if not path.lower().endswith(IMAGE_SUFFIXES) and bf.isdir(path) and not _leads_back(path, folder):
+            pictures += _pictures(path)
+    return pictures
+
+
+def _leads_back(inner: str, folder: str) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    return "://" not in folder and Path(folder).resolve().is_relative_to(Path(inner).resolve())
 
 
 def _open_shards(folder: str, names_: Sequence[str], samples: int | None) -> Images:

@@ -46,6 +46,9 @@ def main() -> None:
     print(f"flags that its shapes tell: {f'--image_size {size} ' if size else ''}{flags}")
     if size and not args.image_size:
         print(f"  image_size {size} is a guess from the widths; --image_size N if it is another")
+    labels = checkpoint.flags.get("num_classes", 0)
+    if checkpoint.kind != "classifier" and labels > 1:
+        print(f"  or --num_classes {labels - 1} --null_label True, if its last label stands for no class")
     print(f"  {NOT_IN_SHAPES}")
     print("attention blocks (map sizes for that image; heads for the given --num_heads, --num_head_channels):")
     for block in checkpoint.attention:

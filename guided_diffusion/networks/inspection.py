@@ -217,18 +217,20 @@ def wrong_flags(
     is_classifier = isinstance(network, ClassifierConfig)
     if (checkpoint.kind == "classifier") != is_classifier:
         return f"the file is a {checkpoint.kind}, wanted a {'classifier' if is_classifier else 'diffusion network'}"
+    told = dict(checkpoint.flags)
     given: dict[str, Any] = {**vars(network), "learn_sigma": learn_sigma}
     if isinstance(network, ClassifierConfig):
         given["classifier_channel_mult"] = network.classifier_channel_mult or CHANNEL_MULTS.get(image_size, "")
     else:
         given["channel_mult"] = network.channel_mult or CHANNEL_MULTS.get(image_size, "")
-        given["num_classes"] = network.num_classes + network.null_label
         if not network.class_cond:
             del given["num_classes"]
+        if "num_classes" in told:
+            told["num_classes"] -= network.null_label
     wrong = [
-        f"{flag} is {given[flag]}, should be {told}{_size_hint(flag, str(told))}"
-        for flag, told in checkpoint.flags.items()
-        if flag in given and not _same(given[flag], told)
+        f"{flag} is {given[flag]}, should be {right}{_size_hint(flag, str(right))}"
+        for flag, right in told.items()
+        if flag in given and not _same(given[flag], right)
     ]
     said = channels_said(checkpoint.channels)
     return ", ".join(([said] if said else []) + wrong)

@@ -155,7 +155,9 @@ def measure(
         result = None
         if job.rank == 0:
             with exit_on_bad_input("out_dir"):
-                result = _result(store, settings, {"of": len(images), "drawn": config.draw and count < len(images)})
+                drawn = config.draw and count < len(images)
+                about = {"of": len(images), "classes": len(images.class_names), "drawn": drawn}
+                result = _result(store, settings, about)
         job.leave_together(f"{key}/finished")
     return result
 

@@ -100,6 +100,10 @@ class ClassifierGuidanceConfig:
     @property
     def on(self) -> bool:
         if self.classifier_guidance is None:
+            if not self.classifier_path and self.classifier_scale not in (0, type(self).classifier_scale):
+                raise ValueError(
+                    f"classifier_path: classifier_scale {self.classifier_scale:g} needs a classifier's weights"
+                )
             return bool(self.classifier_path) and self.classifier_scale != 0
         if self.classifier_guidance and not self.classifier_path:
             raise ValueError("classifier_path: classifier_guidance needs the weights of a classifier")

@@ -138,6 +138,7 @@ def test_inspection(tmp_path, capsys):
         "--image_size 16 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 16,8" in said
     )
     assert "--class_cond True --num_classes 10" in said
+    assert "or --num_classes 9 --null_label True, if its last label stands for no class" in said
     assert "use_new_attention_order cannot be told" in said
     assert "input_blocks.1.1        16²     32 channels    2 heads" in said
     assert "middle_block.1           8²     64 channels    4 heads" in said
