@@ -1,7 +1,7 @@
 """How clean is the ground of samples whose pictures all have a plain one, as the embedded model's do.
 
-Looks at the frame of --border pixels: grain is where more than 1 % of it is off by more than 4 levels; a square of noise
-is where its pixels have a standard deviation above 16 levels. Shares of the samples, with their standard errors.
+Looks at the frame of --border pixels: grain is where more than 1 % of it is off by more than 4 levels; a square of
+noise is where its pixels have a standard deviation above 16 levels. Shares of samples, with their standard errors.
 
   python scripts/grain.py runs/first runs/other --json grain.json
 """
