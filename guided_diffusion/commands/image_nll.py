@@ -19,24 +19,26 @@ from ..diffusion.diffusion import build_diffusion
 from ..networks.building import build_network, fill, make_ready, unfilled
 from ..runs.likelihood import measure
 from ..runs.ranks import command, start
+from ..settings.model import NetworkConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.runs import LikelihoodConfig
 from ..settings.scripts import SCRIPTS
 from ..storage.files import json_text
-from ..storage.images import ImageFolder
+from ..storage.images import ImageFolder, found
 
 
-def show(likelihood: LikelihoodConfig, result: dict[str, Any]) -> None:
+def show(likelihood: LikelihoodConfig, network: NetworkConfig, result: dict[str, Any]) -> None:
     """Print what nll.json will hold, or what people want to know of it."""
     if likelihood.json:
         print(json_text(result), flush=True)
         return
     total, prior = result["total_bpd"], result["prior_bpd"]
     error = "" if total["error"] is None else f" ± {total['error']:.4f}"
-    images = result["images"]
+    images, n = result["images"], result["n"]
+    there = found(likelihood.data_dir, images["of"], images["classes"], network.num_classes)
     how = f"drawn by seed {likelihood.seed}" if images["drawn"] else "the first by name"
-    n = f"{result['n']} of {images['of']}, {how}" if result["n"] < images["of"] else result["n"]
-    print(f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}; N = {n}", flush=True)
+    bits = f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}"
+    print(f"{bits}; N = {n} of {there}{f', {how}' if n < images['of'] else ''}", flush=True)
 
 
 @command
@@ -55,4 +57,4 @@ def main() -> None:
             network = build_network(network_config, diffusion_config.learn_sigma)
         fill(network, likelihood.model_path, network_config, diffusion_config.learn_sigma, job.device)
         make_ready(network, network_config.use_fp16)
-    measure(images, network, diffusion, likelihood, resolved(*configs), job, partial(show, likelihood))
+    measure(images, network, diffusion, likelihood, resolved(*configs), job, partial(show, likelihood, network_config))

@@ -7,9 +7,9 @@ The names of the attention blocks are what --sag_block takes.
 
 import argparse
 
-from ..networks.inspection import NOT_IN_SHAPES, inspect
+from ..networks.inspection import NOT_IN_SHAPES, channels_said, inspect
 from ..runs.ranks import command
-from ..settings.model import MOST_WIDTH
+from ..settings.model import MOST_WIDTH, check_heads
 from ..settings.options import MOST_SIDE, Parser, exit_on_bad_input, whole
 from ..storage.checkpoints import load_state_dict
 
@@ -29,9 +29,8 @@ def main() -> None:
         help="of the network's flags (default -1: num_heads)",
     )
     args = parser.parse_args()
-    if not args.num_head_channels:
-        parser.error("--num_head_channels: wanted 1 or more, or -1, got 0")
     with exit_on_bad_input():
+        check_heads("num_head_channels", args.num_head_channels)
         state = load_state_dict(args.file)
         try:
             checkpoint = inspect({name: tensor.shape for name, tensor in state.items()}, args.image_size)
@@ -39,6 +38,8 @@ def main() -> None:
             raise ValueError(f"{args.file}: {error}") from None
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
     print(f"{checkpoint.kind}, {checkpoint.parameters:,} parameters in {len(state)} tensors of {dtypes}")
+    if said := channels_said(checkpoint.channels):
+        print(f"{said}; from Python, UNetModel(in_channels=…, out_channels=…) is of any")
     if checkpoint.image_size is None:
         factors = sorted({block.downsampling for block in checkpoint.attention})
         print(f"its attention is on maps of image_size / {', / '.join(map(str, factors))}; --image_size N says more")
@@ -47,6 +48,9 @@ def main() -> None:
     print(f"flags that its shapes tell: {f'--image_size {size} ' if size else ''}{flags}")
     if size and not args.image_size:
         print(f"  image_size {size} is a guess from the widths; --image_size N if it is another")
+    labels = checkpoint.flags.get("num_classes", 0)
+    if checkpoint.kind != "classifier" and labels > 1:
+        print(f"  or --num_classes {labels - 1} --null_label True, if its last label stands for no class")
     print(f"  {NOT_IN_SHAPES}")
     print("attention blocks (map sizes for that image; heads for the given --num_heads, --num_head_channels):")
     for block in checkpoint.attention:

@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ..runs.ranks import command
-from ..settings.options import MOST_SIDE, Parser, whole
-from ..storage.files import writing
+from ..settings.options import MOST_SIDE, Parser, exit_on_bad_input, whole
 from ..storage.pictures import save_png
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -84,8 +83,8 @@ def main() -> None:
     if not glyphs:
         parser.error(f"--groups {args.groups}: no emoji group begins so")
     font = ImageFont.truetype(args.font, NATIVE_SIZE)
-    for part in ("train", "held_out", "alpha"):
-        with writing(args.out / part):
+    with exit_on_bad_input("out"):
+        for part in ("train", "held_out", "alpha"):
             (args.out / part).mkdir(parents=True, exist_ok=True)
     for group, code_point, name in tqdm(glyphs, desc="emoji", unit="glyph"):
         glyph = draw_glyph(font, code_point, args.size, args.margin)

@@ -138,7 +138,7 @@ def measure(
         made_of = json.loads(job.share(f"{key}/identity", json.dumps(made_of)))
         store = Measurements(config.out_dir, made_of, count, config.batch_size, diffusion.num_timesteps)
         if job.rank == 0:
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 stack.enter_context(store.lock())
                 store.sweep()
                 todo = store.missing_of(images, order)
@@ -150,18 +150,20 @@ def measure(
             with exit_on_bad_input():
                 known_by = which(images, indices)
             measured = _bound(images, indices, network, diffusion, config, progress)
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 store.write_arrays(number, measured | known_by, diffusion.num_timesteps, maker)
         progress.close()
         result = None
         if job.rank == 0:
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 drawn = config.draw and count < len(images)
-                result, terms = _result(store, settings, {"of": len(images), "drawn": drawn})
+                about = {"of": len(images), "classes": len(images.class_names), "drawn": drawn}
+                result, terms = _result(store, settings, about)
             show(result)
-            write_atomically(join(store.folder, "terms.npz"), lambda file: np.savez(file, **terms))
-            text = json_text(result, indent=1).encode()
-            write_atomically(join(store.folder, "nll.json"), lambda file: file.write(text))
+            with exit_on_bad_input("out_dir"):
+                write_atomically(join(store.folder, "terms.npz"), lambda file: np.savez(file, **terms))
+                text = json_text(result, indent=1).encode()
+                write_atomically(join(store.folder, "nll.json"), lambda file: file.write(text))
         job.leave_together(f"{key}/finished")
     return result
 

@@ -30,7 +30,9 @@ def limited(tmp_path, capsys, full_disk):
         out, error = capsys.readouterr()
         assert code in (0, 2)
         if code == 2:
-            assert re.search(r"^error: \S+: cannot be written \(File too large\)$", error, re.MULTILINE), error
+            assert re.search(r"^error: (out_dir: )?\S+: cannot be written \(File too large\)$", error, re.MULTILINE), (
+                error
+            )
         left = [path for path in (tmp_path / "out").rglob(".*") if path.name != ".lock"]
         assert not left
         return code, out

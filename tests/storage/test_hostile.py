@@ -251,11 +251,11 @@ def test_an_alias_that_is_used_twice_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({1: torch.ones(1)}, "wanted a tensor for every name"),
-        ({("a", "b"): torch.ones(1)}, "wanted a tensor for every name"),
+        ({1: torch.ones(1)}, "no text that can be printed"),
+        ({("a", "b"): torch.ones(1)}, "no text that can be printed"),
         ({1: {"a": torch.ones(1)}, 2: {"a": torch.ones(1)}}, r"several networks \(1, 2\)"),
-        ({"a\x1b[31m": torch.ones(1)}, r"what cannot be printed: 'a\\x1b\[31m'"),
-        ({"a" * 5000 + "\n": torch.ones(1)}, "what cannot be printed: 'aaa"),
+        ({"a\x1b[31m": torch.ones(1)}, r"no text that can be printed: 'a\\x1b\[31m'"),
+        ({"a" * 5000 + "\n": torch.ones(1)}, "no text that can be printed: 'aaa"),
     ],
     ids=range(5),
 )
