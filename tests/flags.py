@@ -6,7 +6,7 @@
 Each try runs a script in a child of this process, with one flag or two of random, mostly senseless values over those of
 a small run; it may take 8 seconds of a core and 7 GiB. Prints a table, and the command of every try that ended in a
 traceback, otherwise than with status 0 or 2, without a sentence, or too late; ends with status 1 where there was any.
-Those that were at work when their time was up are shown, too, and are no faults.
+Those that were at work when their time was up are shown, too, and are no faults. Ctrl-C ends it with the table so far.
 `test_flags.py` makes a small part of it.
 """
 
@@ -98,9 +98,9 @@ PLAIN_FLAGS = {
     "reproduce": ["rows", "samples", "batch_size", "out_dir", "inception"],
     "inspect_checkpoint": ["image_size", "num_heads", "num_head_channels"],
     "evaluator": ["json", "features", "inception", "weights", "num_samples", "metrics", "pr_dtype", "batch_size",
-                  "seed", "cache"],
+                  "seed", "cache", "against"],
     "make_emoji_data": ["size", "margin", "groups", "font", "emoji_test"],
-    "train_emoji_features": ["steps", "batch_size", "out", "seed", "lr"],
+    "train_emoji_features": ["init", "steps", "batch_size", "out", "seed", "lr"],
     "benchmark": ["only", "json"],
 }  # fmt: skip
 """Flags of the scripts that have none of a configuration's."""
@@ -252,6 +252,12 @@ def tries(count: int, scripts: list[str], seed: int) -> Iterator[Tried]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def until_stopped(found: Iterator[Tried]) -> Iterator[Tried]:
+    """What is found until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        yield from found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=900)
@@ -265,10 +271,12 @@ def main() -> None:
         )
     importlib.import_module("diffusers")
     table: dict[str, Counter[str]] = {}
+    tried_of: Counter[str] = Counter()
     faults = 0
-    for tried in tries(args.tries, args.only.split(","), args.seed):
+    for tried in until_stopped(tries(args.tries, args.only.split(","), args.seed)):
         counts = table.setdefault(tried.script, Counter())
         counts[tried.ended] += 1
+        tried_of[tried.script] += 1
         counts["sentence, files left"] += tried.ended == "sentence" and tried.left
         counts["sentence after 2 s"] += tried.ended == "sentence" and tried.seconds > 2
         faults += tried.is_fault
@@ -276,8 +284,9 @@ def main() -> None:
             tail = "\n    ".join(tried.said.splitlines()[-4:])
             print(f"{tried.ended}: {tried.script}.py {shlex.join(tried.words)[:1500]}\n    {tail[:1500]}", flush=True)
     for script, counts in table.items():
-        print(f"{script:<25}{', '.join(f'{name} {count}' for name, count in sorted(counts.items()) if count)}")
-    print(f"{faults} faults in {args.tries} tries")
+        ends = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count)
+        print(f"{script:<25}{tried_of[script]} tries: {ends}")
+    print(f"{faults} faults in {sum(tried_of.values())} tries")
     sys.exit(faults > 0)
 
 
