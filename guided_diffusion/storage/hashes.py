@@ -51,9 +51,3 @@ def check_beside(file: Path) -> None:
         raise ValueError(f"{beside}: wanted a SHA-256, as sha256sum writes it")
     if known_sha256(file) != wanted[0].decode():
         raise ValueError(f"{file}: damaged or changed, its SHA-256 is not the one in {beside.name}; get it anew")
-
-
-def write_beside(file: Path) -> None:
-    """Leave the hash of a file in FILE.sha256, for `check_beside`."""
-    text = f"{sha256(file)}  {file.name}\n"
-    write_atomically(f"{file}.sha256", lambda stream: stream.write(text.encode()))
