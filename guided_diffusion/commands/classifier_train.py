@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..diffusion.diffusion import build_diffusion
 from ..diffusion.noise import choice
-from ..networks.building import build_classifier, check_memory
+from ..networks.building import build_classifier
 from ..runs.ranks import Job, command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
@@ -83,7 +83,6 @@ def main() -> None:
             if others != classes:
                 raise ValueError(f"val_data_dir: wanted the classes {', '.join(classes)}, got {', '.join(others)}")
         num_classes = network_config.num_classes
-        check_memory(build_classifier, image_size, classifier_config, num_classes)
         torch.manual_seed(training.seed)
         network = build_classifier(image_size, classifier_config, num_classes).to(job.device)
         of_folder = partial(batches_of, image_size=image_size, class_cond=True)

@@ -12,7 +12,7 @@ Examples:
 
 import torch
 
-from ..networks.building import build_network, check_memory
+from ..networks.building import build_network
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
@@ -25,7 +25,6 @@ def main() -> None:
     job = start()
     with exit_on_bad_input():
         network_config, classes = look_at(training.data_dir, network_config, job)
-        check_memory(build_network, network_config, diffusion_config.learn_sigma)
         torch.manual_seed(training.seed)
         network = build_network(network_config, diffusion_config.learn_sigma)
         settings = resolved(network_config, diffusion_config)

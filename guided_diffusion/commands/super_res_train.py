@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ..networks.building import build_upsampler, check_memory
+from ..networks.building import build_upsampler
 from ..runs.ranks import command, start
 from ..settings.model import SuperResolutionConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
@@ -42,7 +42,6 @@ def main() -> None:
     job = start()
     with exit_on_bad_input():
         network_config, classes = look_at(training.data_dir, network_config, job)
-        check_memory(build_upsampler, sizes, network_config, diffusion_config.learn_sigma)
         torch.manual_seed(training.seed)
         network = build_upsampler(sizes, network_config, diffusion_config.learn_sigma)
         settings = resolved(sizes, network_config, diffusion_config)

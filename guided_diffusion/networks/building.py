@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from .inspection import CHANNEL_MULTS, wrong_flags
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 log = logging.getLogger(__name__)
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def _levels(image_size: int, channels: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
@@ -60,19 +62,35 @@ def network_arguments(config: NetworkConfig, learn_sigma: bool) -> dict[str, Any
     }
 
 
+def _built(kind: Callable[..., Network], arguments: dict[str, Any]) -> Network:
+    """A network; a ValueError where it would get memory (not in `unfilled`) and is larger than what there is."""
+    if torch.get_default_device().type != "meta":
+        with unfilled():
+            needed = 4 * sum(parameter.numel() for parameter in kind(**arguments).parameters())
+        if needed > (there := memory()):
+            raise ValueError(
+                f"the network that the flags describe has {needed // 4:,} parameters, {needed / 1e9:,.0f} GB; the "
+                f"memory that this process may have is {there / 1e9:,.0f} GB"
+            )
+    return kind(**arguments)
+
+
 def lost_attention(network: UNetModel) -> str:
     """What is to be said of attention_resolutions that no map of the network has; empty where each has one."""
     factors = [2**level for level in range(len(network.channel_mult))]
     lost = [factor for factor in network.attention_resolutions if factor not in factors]
     if not lost:
         return ""
-    there, wanted = (", ".join(str(network.image_size // factor) for factor in some) for some in (factors, lost))
-    return f"attention_resolutions: image_size {network.image_size} has maps of {there} pixels a side, none of {wanted}"
+    size = network.image_size
+    there, wanted = (
+        ", ".join(str(size // factor) if factor else f"more than {size}" for factor in some) for some in (factors, lost)
+    )
+    return f"attention_resolutions: image_size {size} has maps of {there} pixels a side, none of {wanted}"
 
 
 def build_network(config: NetworkConfig, learn_sigma: bool) -> UNetModel:
     """The UNet of a configuration, with random weights; a warning where it lacks attention that was asked for."""
-    network = UNetModel(**network_arguments(config, learn_sigma))
+    network = _built(UNetModel, network_arguments(config, learn_sigma))
     if said := lost_attention(network):
         log.warning(said)
     return network
@@ -88,7 +106,8 @@ def upsampling(config: NetworkConfig, large_size: int, small_size: int) -> Netwo
 
 def build_upsampler(sizes: SuperResolutionConfig, config: NetworkConfig, learn_sigma: bool) -> SuperResModel:
     """The super-resolution network of a configuration, with random weights."""
-    return SuperResModel(**network_arguments(upsampling(config, sizes.large_size, sizes.small_size), learn_sigma))
+    config = upsampling(config, sizes.large_size, sizes.small_size)
+    return _built(SuperResModel, network_arguments(config, learn_sigma))
 
 
 def classifier_arguments(image_size: int, config: ClassifierConfig, num_classes: int = NUM_CLASSES) -> dict[str, Any]:
@@ -112,19 +131,7 @@ def classifier_arguments(image_size: int, config: ClassifierConfig, num_classes:
 
 def build_classifier(image_size: int, config: ClassifierConfig, num_classes: int = NUM_CLASSES) -> EncoderUNetModel:
     """The noisy-image classifier of a configuration, with random weights."""
-    return EncoderUNetModel(**classifier_arguments(image_size, config, num_classes))
-
-
-def check_memory(build: Callable[..., nn.Module], *arguments: Any) -> None:
-    """Raise a ValueError where the network that `build(*arguments)` makes is larger than what memory there is."""
-    with unfilled():
-        needed = 4 * sum(parameter.numel() for parameter in build(*arguments).parameters())
-    there = memory()
-    if needed > there:
-        raise ValueError(
-            f"the network that the flags describe has {needed // 4:,} parameters, {needed / 1e9:,.0f} GB; the memory "
-            f"that this process may have is {there / 1e9:,.0f} GB"
-        )
+    return _built(EncoderUNetModel, classifier_arguments(image_size, config, num_classes))
 
 
 def memory() -> float:
