@@ -68,8 +68,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", metavar="PATH", type=Path, help="weights of dinov2 (a folder) or emoji (a file)")
     parser.add_argument(
         "--resize", choices=RESIZES,
-        help="how images come to dinov2's 224 × 224: edm2, torch's bicubic, not rounded, or dgm-eval, Pillow's, rounded "
-        "to uint8 (default edm2; the result says which, and numbers of both do not compare)",
+        help="how images come to dinov2's 224 × 224: edm2, torch's bicubic, not rounded; or dgm-eval, Pillow's, "
+        "rounded to uint8 (default edm2; a result says which, and numbers of the two do not compare)",
     )  # fmt: skip
     parser.add_argument("--num_samples", metavar="N", type=int, help="judge the first so many samples only")
     parser.add_argument("--metrics", metavar="NAMES", help="only these, comma-separated, like fid,precision")

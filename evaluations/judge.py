@@ -28,6 +28,8 @@ from evaluations.ranks import Ranks
 from evaluations.sources import INCEPTION, Source, open_source
 
 FEATURES = ("inception", "dinov2", "emoji")
+OF_A_RUN = ("guidance", "uint8", "network_evaluations_per_sample", "hash")
+"""What is taken from a run's manifest into a result."""
 
 
 def cache_folder() -> Path:
@@ -42,8 +44,9 @@ class Settings:
 
     num_samples: judge the first so many samples only. metrics: names, None for all that the sources allow. inception:
     its weights, None for the well-known file. weights: those of dinov2 (a folder) or emoji (a file, None for the
-    embedded one). resize: of dinov2, "edm2" (the default) or "dgm-eval". against: other samples that the metrics are also computed of, for the differences with their paired
-    errors. paired: sample i of both is known to belong together, whatever their runs say of themselves.
+    embedded one). resize: of dinov2, "edm2" (the default) or "dgm-eval". against: other samples that the metrics are
+    also computed of, for the differences with their paired errors. paired: sample i of both is known to belong
+    together, whatever their runs say of themselves.
     """
 
     reference: str

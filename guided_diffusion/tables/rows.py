@@ -108,8 +108,8 @@ def judged(reference: str, folder: Path, n: int, plan: Plan, inception: Path | N
     settings = Settings(
         ranks.first(lambda: str(local_path(reference))),
         str(folder),
-        plan.features,
-        inception,
+        features=plan.features,
+        inception=inception,
         pr_dtype=plan.pr_dtype,
         cache=folder.parent / "features",
     )
