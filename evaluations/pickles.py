@@ -24,12 +24,16 @@ OPERATIONS = {
 """What a dict of arrays, numbers and strings is pickled by, from protocol 2 on."""
 
 
+class _RefusedError(Exception):
+    """Says what a pickle has that no dict of arrays needs."""
+
+
 class _Type:
     """Stands for a dtype of plain numbers."""
 
     def __init__(self, code: str, *_: Any):
         if not re.fullmatch("[fiu][1248]", code):
-            raise pickle.UnpicklingError(f"an array of {code!r:.20}")
+            raise _RefusedError(f"an array of {code!r:.20}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
@@ -66,7 +70,7 @@ def _scalar(of: _Type, data: bytes) -> int | float:
 
 
 def _no_call(*_: Any) -> None:
-    raise pickle.UnpicklingError("a call of numpy.ndarray")
+    raise _RefusedError("a call of numpy.ndarray")
 
 
 NAMES: dict[tuple[str, str], Callable] = {("numpy", "ndarray"): _no_call, ("numpy", "dtype"): _Type}
@@ -88,40 +92,40 @@ class _Named:
         return self._call(*arguments)
 
     def __setstate__(self, _: Any) -> None:
-        raise pickle.UnpicklingError("a change of numpy's names")
+        raise _RefusedError("a change of numpy's names")
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> _Named:
         if (module, name) not in NAMES:
-            raise pickle.UnpicklingError(f"{module:.40}.{name:.40}")
+            raise _RefusedError(f"{module:.40}.{name:.40}")
         return _Named(NAMES[module, name])
 
 
 def _check_operations(data: bytes) -> None:
-    """An UnpicklingError where a pickle does what no dict of arrays needs, or asks for memory that it does not fill."""
+    """A refusal where a pickle does what no dict of arrays needs, or asks for memory that it does not fill."""
     for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
         if operation.name not in OPERATIONS:
-            raise pickle.UnpicklingError(f"the operation {operation.name}")
+            raise _RefusedError(f"the operation {operation.name}")
         if operation.name == "LONG_BINPUT" and argument > count:
-            raise pickle.UnpicklingError(f"a place {argument} in its memo")
+            raise _RefusedError(f"a place {argument} in its memo")
 
 
 def load_pickle(path: str) -> dict[str, Any]:
     """A pickled dict whose values are numbers, strings, arrays, or dicts of these; a ValueError where it is not."""
     try:
+        if (size := bf.stat(path).size) > LARGEST:
+            raise ValueError(f"{path}: wanted a pickle of at most {LARGEST >> 20} MiB, got {size >> 20} MiB")
         with bf.BlobFile(path, "rb", streaming="://" in path) as file:
-            data = file.read(LARGEST + 1)
+            data = file.read()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file or folder") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
-    if len(data) > LARGEST:
-        raise ValueError(f"{path}: wanted a pickle of at most {LARGEST >> 20} MiB, got a larger one")
     try:
         _check_operations(data)
         found = _Unpickler(io.BytesIO(data)).load()
-    except pickle.UnpicklingError as error:
+    except _RefusedError as error:
         wanted = "wanted a pickle of arrays, numbers, strings and dicts and nothing else"
         raise ValueError(f"{path}: {wanted}, got {error}; nothing of it was executed") from None
     except Exception as error:  # whatever a broken or hostile one makes of the stand-ins

@@ -67,13 +67,13 @@ NDARRAY = b"cnumpy\nndarray\n"
 GIANT = b"\x8a\x06" + (10**12).to_bytes(6, "little")
 
 HOSTILE = {
-    "system": (pickle.dumps({"fid": Call(os.system, "touch executed")}), "got posix.system; nothing of it was executed"),
+    "system": (pickle.dumps({"fid": Call(os.system, "touch executed")}), f"got {os.name}.system; nothing"),
     "eval": (pickle.dumps({"fid": Call(builtins.eval, "open('executed', 'w')")}), "got builtins.eval; nothing"),
     "protocol 0": (b"cos\nsystem\n(S'touch executed'\ntR.", "got the operation STRING; nothing"),
     "numpy": (pickle.dumps({"fid": Call(np.save, "executed", np.ones(2))}), "got numpy.save; nothing"),
-    "fromfile": (pickle.dumps({"fid": Call(np.fromfile, "secret")}), "got numpy._core.multiarray.fromfile; nothing"),
+    "fromfile": (pickle.dumps({"fid": Call(np.fromfile, "secret")}), "got numpy.fromfile; nothing"),
     "dotted": (b"\x80\x04\x8c\x05numpy\x8c\x11ndarray.__class__\x93.", "got numpy.ndarray.__class__; nothing"),
-    "ndarray": (made(NDARRAY, b"(", GIANT, b"ttR"), "got a call of numpy.ndarray; nothing"),
+    "ndarray": (made(NDARRAY, b"(", GIANT, b"t\x85R"), "got a call of numpy.ndarray; nothing"),
     "objects": (pickle.dumps({"fid": {"mu": np.array([{}, 1])}}), "got an array of 'O8'; nothing"),
     "void": (made(b"cnumpy\ndtype\n(\x8c\x0aV999999999tR"), "got an array of 'V999999999'; nothing"),
     "names changed": (made(NDARRAY, b"}\x8c\x08__call__K\x01sb"), "got a change of numpy's names; nothing"),
@@ -82,8 +82,8 @@ HOSTILE = {
     "memo": (b"\x80\x04}r\xff\xff\xff\x7f.", "got a place 2147483647 in its memo; nothing"),
     "giant bytes": (made(b"\x8e", (10**12).to_bytes(8, "little")), "not a whole pickle of arrays (ValueError)"),
     "giant array": (
-        made(RECONSTRUCT, NDARRAY, GIANT, b"\x85C\x01b\x87R(K\x01", GIANT, b"\x85cnumpy\ndtype\n\x8c\x02f8\x85R\x89C\x08",
-             b"12345678tb"),
+        made(RECONSTRUCT, NDARRAY, GIANT, b"\x85C\x01b\x87R(K\x01", GIANT, b"\x85cnumpy\ndtype\n",
+             b"\x8c\x02f8\x85R\x89C\x0812345678tb"),
         "not a whole pickle of arrays (ValueError)",
     ),
     "cut": (pickle.dumps(STATISTICS)[:-40], "not a whole pickle of arrays"),
@@ -113,4 +113,6 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         load_pickle(str(tmp_path / "none.pkl"))
     with open(tmp_path / "large.pkl", "wb") as file:
-        file.truncate(LARGEST + 1)  # a hole: no disk is used
+        file.truncate(LARGEST * 2)  # a hole: no disk is used
+    with pytest.raises(ValueError, match="wanted a pickle of at most 1024 MiB, got 2048 MiB"):
+        load_pickle(str(tmp_path / "large.pkl"))
