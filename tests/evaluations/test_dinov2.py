@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluating import refused, result
 from PIL import Image
 
+from evaluating import refused, result
 from evaluations.dinov2 import DinoV2, dinov2
 from sample_files import pictures
 

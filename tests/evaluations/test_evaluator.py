@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluating import EVALUATOR, refused, result
 
 import evaluations
+from evaluating import EVALUATOR, refused, result
 from evaluations import features as features_module
 from evaluations.emoji import emoji_features
 from evaluations.evaluator import write_json

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from evaluating import result
 
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"

@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from evaluating import refused, result
 
+from evaluating import refused, result
 from evaluations import evaluation
 from evaluations.emoji import emoji_features
 from guided_diffusion.storage import pictures as storage
