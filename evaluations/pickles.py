@@ -23,6 +23,11 @@ OPERATIONS = {
 }  # fmt: skip
 """What a dict of arrays, numbers and strings is pickled by, from protocol 2 on."""
 
+PUT, GET = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
+LEAVES_THE_TOP = {"PROTO", "FRAME", "BUILD"}
+MOST = 10_000
+"""Operations; the statistics of a network take about 80."""
+
 
 class _RefusedError(Exception):
     """Says what a pickle has that no dict of arrays needs."""
@@ -103,12 +108,28 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_operations(data: bytes) -> None:
-    """A refusal where a pickle does what no dict of arrays needs, or asks for memory that it does not fill."""
+    """A refusal where a pickle does what no dict of arrays needs, or asks for memory or time that its size does not.
+
+    A tuple of itself twice, and that again and again, has a hash that takes for ever; a very deep one overflows.
+    """
+    places, tuples, top_is_tuple = set(), set(), False
     for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
-        if operation.name not in OPERATIONS:
-            raise _RefusedError(f"the operation {operation.name}")
-        if operation.name == "LONG_BINPUT" and argument > count:
-            raise _RefusedError(f"a place {argument} in its memo")
+        name = operation.name
+        if name not in OPERATIONS:
+            raise _RefusedError(f"the operation {name}")
+        if count > MOST:
+            raise _RefusedError(f"more than {MOST} operations")
+        if name in PUT:
+            place = len(places) if name == "MEMOIZE" else argument
+            if place > count:
+                raise _RefusedError(f"a place {place} in its memo")
+            places.add(place)
+            if top_is_tuple:
+                tuples.add(place)
+        elif name in GET and argument in tuples:
+            raise _RefusedError("a tuple in two places")
+        elif name not in LEAVES_THE_TOP:
+            top_is_tuple = "TUPLE" in name
 
 
 def load_pickle(path: str) -> dict[str, Any]:
