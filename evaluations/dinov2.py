@@ -79,7 +79,8 @@ def dinov2(folder: str | Path, device: torch.device, resize: str = "edm2") -> Fe
         )
     except Exception as error:  # whatever a wrong configuration raises in that package
         raise ValueError(f"{folder}: not a DINOv2 model ({' '.join(str(error).split())[:120]})") from None
-    if not_there := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
+    # What is missing transformers fills with random numbers; a mask token is of training alone.
+    if not_there := sorted({*loaded["missing_keys"]} - {"embeddings.mask_token"}):
         raise ValueError(f"{folder}: not a DINOv2 model ({weights.name} holds no {not_there[0]})")
     digest = hashlib.sha256(f"{sha256(weights)}{sha256(Path(folder) / 'config.json')}".encode()).hexdigest()
     module = DinoV2(network.float(), resize).to(device).eval()
