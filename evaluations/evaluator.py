@@ -1,13 +1,15 @@
 """Evaluate samples against a reference: FID, sFID, Inception score, precision and recall.
 
 REF and SAMPLES are an npz (arr_0: uint8 [N, H, W, 3]), the folder of a sampling run, a folder of pictures (at any
-depth), or statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A stopped evaluation goes on where
-it was.
+depth), or statistics: mu, sigma, mu_s and sigma_s of an npz, as in the published VIRTUAL_….npz (of other features than
+Inception's where its text `features` says so, or the dimension fits), or a pickle (….pkl) of EDM2's, whose fid is taken
+for inception and whose fd_dinov2 for dinov2; nothing in it is executed. A stopped evaluation goes on where it was.
 
   python evaluations/evaluator.py VIRTUAL_imagenet256_labeled.npz samples_50000x256x256x3.npz --pr_dtype fp16
   mpiexec -n 8 python evaluations/evaluator.py REF runs/mine --json result.json
   python evaluations/evaluator.py configs/models/emoji32_train.npz runs/demo/guided --features emoji
   python evaluations/evaluator.py REF runs/guided --against runs/unguided
+  python evaluations/evaluator.py img512.pkl SAMPLES --features dinov2 --weights dinov2-large
 
 With --against, every metric is also told as a difference to other samples of the same seed. Sample i of both began
 from the same noise, so the difference is known far better than either number.
@@ -24,7 +26,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evaluations.judge import Settings, cache_folder, judge
+from evaluations.dinov2 import RESIZES
+from evaluations.judge import FEATURES, Settings, cache_folder, judge
 from evaluations.ranks import BadInputError, Ranks, run
 
 TITLES = {
@@ -70,7 +73,7 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything to this file as well")
     parser.add_argument(
-        "--features", choices=("inception", "dinov2", "emoji"), default="inception",
+        "--features", choices=FEATURES, default="inception",
         help="network whose features are compared (default %(default)s, the one that FID is defined by)",
     )  # fmt: skip
     parser.add_argument(
@@ -78,6 +81,11 @@ def arguments() -> argparse.Namespace:
         help="weights of Inception (default: the well-known file, fetched on first use, 96 MB)",
     )  # fmt: skip
     parser.add_argument("--weights", metavar="PATH", type=Path, help="weights of dinov2 (a folder) or emoji (a file)")
+    parser.add_argument(
+        "--resize", choices=RESIZES,
+        help="how images come to dinov2's 224 × 224: edm2, torch's bicubic, not rounded; or dgm-eval, Pillow's, "
+        "rounded to uint8 (default edm2; a result says which, and numbers of the two do not compare)",
+    )  # fmt: skip
     parser.add_argument("--num_samples", metavar="N", type=int, help="judge the first so many samples only")
     parser.add_argument("--metrics", metavar="NAMES", help="only these, comma-separated, like fid,precision")
     parser.add_argument(
@@ -115,7 +123,8 @@ def table(result: dict[str, Any]) -> str:
     """A result for people."""
     images = result["provenance"]["reference"]["images"]
     against = f"{images} images" if images else "statistics"
-    lines = [f"{result['n'] or 'unknown number of'} samples against {against}, {result['features']} features"]
+    by = f", resize as {resize}" if (resize := result["provenance"]["resize"]) else ""
+    lines = [f"{result['n'] or 'unknown number of'} samples against {against}, {result['features']} features{by}"]
     for name, measured in result["metrics"].items():
         lines.append(f"  {TITLES[name]:<26}{shown(name, measured)}")
         if parts := result["parts"].get(name):

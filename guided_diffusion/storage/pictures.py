@@ -15,6 +15,8 @@ from torch import Tensor
 from .files import write_atomically
 
 WHITE = 255
+UINT8_RULE = "trunc(127.5x + 127.5)"
+"""What `to_uint8` does, for a manifest."""
 SHOWN = 16
 PANEL_WIDTH = 550
 
