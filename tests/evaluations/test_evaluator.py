@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluations
-from evaluating import EVALUATOR, refused, result
+from evaluating import EVALUATOR, evaluate, refused, result
 from evaluations import features as features_module
 from evaluations.emoji import emoji_features
 from evaluations.evaluator import write_json
