@@ -311,6 +311,8 @@ def _open_shards(folder: str, names_: Sequence[str], samples: int | None) -> Ima
 
 
 def _picture(path: str) -> NDArray[np.uint8]:
+    if "://" not in path and not Path(path).is_file():
+        raise ValueError(f"{path}: wanted a picture, got what is no file")  # a pipe would be waited for without end
     try:
         with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
             if image.mode != "RGB":
