@@ -30,9 +30,10 @@ SHARDS = 10
 LIMIT_S = 120
 ENTER = """#!/bin/sh
 # As ssh: a host's name and a command.
+[ "$1" = -x ] && shift
 host=$1; shift
 exec nsenter --net=/run/netns/{prefix}$host unshare --uts --mount \\
-    sh -c 'hostname "$(cat {folder}/$0.name)" && mount --bind {folder}/$0.hosts /etc/hosts && exec "$@"' $host sh -c "$*"
+    sh -c 'hostname "$(cat {folder}/$0.name)" && mount --bind {folder}/$0.hosts /etc/hosts && eval "$*"' $host "$@"
 """
 
 
@@ -298,7 +299,7 @@ def nothing(_hosts, _out):
 
 
 def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, patience=None, prepare=nothing):
-    """One job and its fault: (whether it ended well, what it did in a few words, whether a result is silently wrong)."""
+    """One job and its fault: (whether it ended well, what it did in a few words, whether it is silently wrong)."""
     folder = Path(tempfile.mkdtemp(dir=folder))
     out = folder / "out"
     more = {"out_dir": out} | ({"patience": patience} if patience else {})
@@ -328,13 +329,13 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
     sentences = sorted(
         {line for text in said for line in text.splitlines() if line.startswith(("error:", "rank ", "all is"))}
     )
-    tracebacks = sum("Traceback" in text and "torch.distributed.run" not in text for text in said)
+    tracebacks = sum(f'File "{ROOT}' in text for text in said)
     made = result(out)
     wrong = made is not None and made != whole
     well = in_time and not wrong and (made is not None or bool(sentences)) and not tracebacks
     resumed = "not needed"
     if made is None:
-        again = subprocess.run(sampling(flags, 0, **{"out_dir": out}), capture_output=True, text=True, cwd=ROOT)
+        again = subprocess.run(sampling(flags, 0, out_dir=out), capture_output=True, text=True, cwd=ROOT)
         resumed = "byte-identical" if result(out) == whole else f"DIFFERS {again.stderr[-300:]}"
         well, wrong = well and result(out) == whole, wrong or (again.returncode == 0 and result(out) != whole)
     words = (
@@ -347,8 +348,6 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
 
 
 def main():
-    if sys.argv[1:2] == ["sample"]:
-        return sample_slowly(float(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
     parser.add_argument("--tries", type=int, default=1)
@@ -386,4 +385,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["sample"]:
+        sample_slowly(float(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
+    else:
+        main()

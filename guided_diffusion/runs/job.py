@@ -39,30 +39,6 @@ class Lost(SystemExit):
         self.message = f"{message}; the same command goes on from the last whole shard"
 
 
-class OwnStore:
-    """The counters and texts of a process alone, with the methods of torch's TCPStore."""
-
-    def __init__(self):
-        self._counts: dict[str, int] = {}
-        self._texts: dict[str, str] = {}
-
-    def add(self, key: str, amount: int) -> int:
-        self._counts[key] = self._counts.get(key, 0) + amount
-        return self._counts[key]
-
-    def set(self, key: str, value: str) -> None:
-        self._texts[key] = value
-
-    def append(self, key: str, value: str) -> None:
-        self._texts[key] = self._texts.get(key, "") + value
-
-    def check(self, keys: Sequence[str]) -> bool:
-        return all(key in self._texts for key in keys)
-
-    def get(self, key: str) -> bytes:
-        return self._texts[key].encode()
-
-
 @dataclass
 class _Seen:
     """What this rank last saw of another: what it showed, and for how many seconds it has shown no life and no work."""
@@ -77,15 +53,15 @@ class _Seen:
 class Job:
     """This process among those of its job, and the counters and texts that they share.
 
-    store: a TCPStore. where: the store's host and port. patience: seconds that a rank may show no sign of life; None:
-    60, and no work for 20 of its longest steps. lost: the ranks that rank 0 ended without.
+    store: a TCPStore, of a process alone its own. where: the store's host and port. patience: seconds that a rank may
+    show no sign of life; None: 60, and no work for 20 of its longest steps. lost: the ranks that rank 0 ended without.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    store: Any = field(default_factory=OwnStore)
+    store: dist.Store = field(default_factory=dist.HashStore)
     where: str = ""
     patience: float | None = None
     lost: set[int] = field(default_factory=set)

@@ -261,7 +261,7 @@ def start_process_group(job: Job, device: torch.device, name: str) -> None:
     own_gpu = device.type == "cuda" and job.local_size <= torch.cuda.device_count()
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
-        store=dist.PrefixStore(name, job.store) if job.size > 1 else dist.HashStore(),
+        store=dist.PrefixStore(name, job.store),
         rank=job.rank,
         world_size=job.size,
         timeout=GROUP_TIMEOUT,
