@@ -235,9 +235,11 @@ class Job:
         if self.rank:
             self._ask(self.store.append, f"{key}/left", f"{self.rank} ")
             return
+        began = time.monotonic()
         while here := sorted(set(range(1, self.size)) - self._listed(f"{key}/left")):
             seen = [self._look(rank) for rank in here]
-            if all(one.without_work > self._patience_with(one) for one in seen):
+            looked = time.monotonic() - began > 2 * LOOK_S
+            if looked and all(one.without_work > self._patience_with(one) for one in seen):
                 self.lost = set(here)
                 sys.stderr.write(f"all is done, without rank {', '.join(map(str, here))}: no sign of life\n")
                 return

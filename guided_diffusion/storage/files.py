@@ -4,12 +4,14 @@ import hashlib
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
+from filelock import FileLock, Timeout
 
 
 def is_address(path: str | Path) -> bool:
@@ -54,6 +56,21 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
             _sync_folder(folder)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of a local folder while this one works; a ValueError if one is there."""
+    os.makedirs(folder, exist_ok=True)
+    lock = FileLock(os.path.join(folder, ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another run is writing here; give another --out_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _sync_folder(folder: str) -> None:
