@@ -8,13 +8,12 @@ import itertools
 import os
 import re
 import secrets
-import socket
-import struct
+import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from ..settings.options import BadInput
 from ..settings.shipped import how_to_install
 from .job import Job, Lost
+from .meeting import CONNECT_S, GROUP_TIMEOUT, START_S, addresses, find_store, keep_store
 
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 """What mpiexec sets; without one of them MPI is not even loaded."""
@@ -33,21 +33,13 @@ MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun, Kubernetes and batch scripts set; with some of them alone nobody could be met."""
 
-SIOCGIFADDR = 0x8915
-"""Linux's request for an interface's address."""
+ABORT_S = 5
+"""Seconds for MPI to end this process."""
+
+KILLED = "error: a rank was killed or failed, so the launcher ended the job; the same command goes on"
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
-
-CONNECT_S = 5
-"""Seconds for one try to reach the store at one address."""
-
-START_S = 300
-"""Seconds for rank 0 to come, where a scheduler starts the ranks one by one."""
-
-GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long ranks of a process group wait for one that does not come, such as rank 0 that saves and samples."""
-
 
 REST_S = 0.2
 """What threads get to come to rest at the end, which a network under DDP keeps where the group is destroyed."""
@@ -55,7 +47,7 @@ REST_S = 0.2
 
 _mpi: Any = None
 _job = Job()
-_guarded: list[int] = []
+_guarding: subprocess.Popen | None = None
 _works = itertools.count()
 
 
@@ -129,61 +121,15 @@ def _start_torchrun() -> Job:
         return Job()
     store, where = None, f"{os.environ['MASTER_ADDR']}:{port}"
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        with contextlib.suppress(RuntimeError):  # the port is taken: by who keeps the store, or `_connect` says so
-            store = _own_store(port)
+        with contextlib.suppress(RuntimeError):  # the port is taken: by who keeps the store, or `find_store` says so
+            store = keep_store(port)
     if store is None:
-        store, where = _connect([os.environ["MASTER_ADDR"]], port, START_S if rank else CONNECT_S)
+        store, where = find_store([os.environ["MASTER_ADDR"]], port, START_S if rank else CONNECT_S)
     local_rank, local_size = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE") or 1
     job = Job(rank, size, local_rank, local_size, dist.PrefixStore("sampling", store), where)
     job.join(START_S)
     job.show_life()
     return job
-
-
-def _own_store(port: int) -> dist.TCPStore:
-    """The store of rank 0, for all its machine's addresses; torch.distributed may share it within this process."""
-    return dist.TCPStore(
-        "127.0.0.1", port, is_master=True, timeout=GROUP_TIMEOUT, wait_for_workers=False, multi_tenant=port != 0
-    )
-
-
-def _connect(hosts: Sequence[str], port: int, wait_s: float, token: str = "") -> tuple[dist.TCPStore, str]:
-    """Rank 0's store and where it is: at the first of these hosts that has it, with its `token` if there is one.
-
-    `BadInput` names them if none has it within `wait_s` seconds.
-    """
-    began, said, problem = time.monotonic(), False, ""
-    while True:
-        for host in hosts:
-            try:
-                socket.create_connection((host, port), CONNECT_S).close()
-                store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=CONNECT_S))
-                if not token or (store.check(["token"]) and store.get("token").decode() == token):
-                    store.set_timeout(GROUP_TIMEOUT)
-                    return store, f"{host}:{port}"
-                problem = "another job answers"
-            except (OSError, RuntimeError) as error:
-                problem = str(error).partition("\n")[0]
-        where = " or ".join(f"{host}:{port}" for host in hosts)
-        if time.monotonic() - began >= wait_s:
-            raise BadInput(f"rank 0, which keeps what ranks share, cannot be reached at {where} ({problem})")
-        if not said and time.monotonic() - began >= 2 * CONNECT_S:
-            sys.stderr.write(f"waiting for rank 0 at {where} ({problem})\n")
-            said = True
-        time.sleep(1)
-
-
-def _addresses() -> list[str]:
-    """Where other machines may reach this one: the addresses of its interfaces, and at last its name."""
-    found = []
-    with contextlib.suppress(ImportError):
-        import fcntl  # not on Windows
-
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-                answer = fcntl.ioctl(asking, SIOCGIFADDR, struct.pack("256s", name.encode()))
-                found.append(socket.inet_ntoa(answer[20:24]))
-    return [*(address for address in found if not address.startswith("127.")), socket.gethostname()]
 
 
 def _start_mpi() -> Job:
@@ -212,42 +158,36 @@ def _start_mpi() -> Job:
     store, where, met = None, "", None
     if comm.rank == 0:
         _guard()
-        store = _own_store(0)
+        store = keep_store(0)
         token = secrets.token_hex(8)
         store.set("token", token)
-        met = ["127.0.0.1"] if local.size == comm.size else _addresses(), store.port, token
+        met = ["127.0.0.1"] if local.size == comm.size else addresses(), store.port, token
     hosts, port, token = comm.bcast(met)
     if store is None:
-        store, where = _connect(hosts, port, CONNECT_S, token)
+        store, where = find_store(hosts, port, CONNECT_S, token)
     job = Job(comm.rank, comm.size, local.rank, local.size, store, where)
     job.show_life()
     return job
 
 
 def _guard() -> None:
-    """Leave a process behind that says so if this one is killed, as MPI's launcher does to all if one rank is lost."""
-    if not hasattr(os, "fork"):
-        return
-    read, write = os.pipe()
-    if os.fork():
-        os.close(read)
-        _guarded.append(write)
+    """Leave a shell behind that says so if this process is killed: MPI's launcher does that if one rank is lost."""
+    global _guarding
+    with contextlib.suppress(OSError):  # no shell here
+        _guarding = subprocess.Popen(
+            ["sh", "-c", f"read -r told || echo '{KILLED}' >&2"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # out of the launcher's reach
+        )
         atexit.register(_tell_guard)
-        return
-    try:
-        os.setsid()  # out of the launcher's reach
-        os.dup2(read, 0)
-        os.close(1)
-        os.closerange(3, 2**16)
-        if not os.read(0, 1):
-            os.write(2, b"error: the job was ended, as a rank was killed or failed; the same command goes on\n")
-    finally:
-        os._exit(0)
 
 
 def _tell_guard() -> None:
-    while _guarded:
-        os.write(_guarded.pop(), b".")
+    global _guarding
+    if _guarding:
+        _guarding.communicate(b"told\n")
+        _guarding = None
 
 
 def start_process_group(job: Job, device: torch.device, name: str) -> None:
@@ -338,6 +278,9 @@ def _abort(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(0.2)
+    if hasattr(signal, "alarm"):  # or MPI waits for a launcher that is lost
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(ABORT_S)
     _mpi.COMM_WORLD.Abort(code)
 
 

@@ -80,7 +80,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(of_runs, "_mpi", None)
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: None)
-    monkeypatch.setattr(of_runs, "_connect", lambda *_: (torch.distributed.HashStore(), "host:1"))
+    monkeypatch.setattr(of_runs, "find_store", lambda *_: (torch.distributed.HashStore(), "host:1"))
     monkeypatch.setattr(of_runs.Job, "join", lambda *_: None)
     for name, variable in (("get_rank", "RANK"), ("get_world_size", "WORLD_SIZE")):
         monkeypatch.setattr(torch.distributed, name, lambda variable=variable: int(os.environ[variable]))
