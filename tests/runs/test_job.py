@@ -6,8 +6,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from guided_diffusion.runs import job as of_jobs
-from guided_diffusion.runs.job import Job, Lost
+from guided_diffusion.runs.ranks import job as of_jobs
+from guided_diffusion.runs.ranks.job import Job, Lost
 
 TODO = ["a", "b", "c", "d"]
 

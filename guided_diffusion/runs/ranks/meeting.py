@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..settings.options import BadInput
+from ...settings.options import BadInput
 
 CONNECT_S = 5
 """Seconds for one try to reach the store at one address."""

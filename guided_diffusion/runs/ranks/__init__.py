@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..settings.options import BadInput
-from ..settings.shipped import how_to_install
+from ...settings.options import BadInput
+from ...settings.shipped import how_to_install
 from .job import Job, Lost
 from .meeting import CONNECT_S, GROUP_TIMEOUT, START_S, addresses, find_store, keep_store
 
