@@ -26,6 +26,10 @@ OF_BOTH = {*MANIFOLD, "kid", "density", "coverage", "copies"}
 JACKKNIFED = 128
 """Fewer samples than dimensions, and no more than these: their distance's error is found by leaving one out."""
 NEIGHBOURS_K, EXTENDED_K = 3, 5
+DISTANCES = {"fid": "pool", "frechet_distance": "pool", "sfid": "spatial"}
+"""Fréchet distances, and the features that they are of."""
+FEW = 100
+"""Images: with fewer, the error of any mean is large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +101,7 @@ def evaluate(
             result.missing[name] = reason
         else:
             wanted.append(name)
-    for name, feature in (("fid", "pool"), ("frechet_distance", "pool"), ("sfid", "spatial")):
+    for name, feature in DISTANCES.items():
         if name in wanted:
             result.metrics[name], result.parts[name] = _frechet(reference, samples, feature)
     pool = samples.rows("pool")
@@ -173,14 +177,22 @@ def not_comparable(
     return reasons
 
 
+def few(word: str, side: Side, metrics: Sequence[str]) -> list[str]:
+    """What to know of a side, called by a word, that has few images: fewer than dimensions, or else than FEW."""
+    found, n = [], len(side.source.images or ())
+    for metric, feature in DISTANCES.items():
+        if metric in metrics and (rows := side.rows(feature)) is not None and feature not in side.source.statistics:
+            dimensions = rows[:1].shape[1]
+            if n < dimensions:
+                found.append(f"{word}: {n} images are fewer than the {dimensions} dimensions of {metric}: it is biased")
+    if 0 < n < FEW and not found:
+        found.append(f"{word}: {n} images are few (below {FEW}): no metric of them says much")
+    return found
+
+
 def warnings(reference: Source, samples: Source, metrics: Sequence[str]) -> list[str]:
     """What a user should know before reading the numbers."""
     found = []
-    for side, source in (("reference", reference), ("samples", samples)):
-        if source.images and len(source.images) < 2048 and "fid" in metrics:
-            found.append(
-                f"{side}: {len(source.images)} images are fewer than Inception's 2048 dimensions: FID is biased"
-            )
     if samples.images and "inception_score" in metrics:
         if samples.images.sorted_labels:
             found.append("samples: sorted by class, and the Inception score depends on the order; see the shuffled one")

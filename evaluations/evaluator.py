@@ -10,6 +10,7 @@ statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A st
 
 import argparse
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -88,12 +89,21 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite as the texts inf and -inf, and null for NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(float(value))
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
+        json.dump(plain(value), file, indent=1, allow_nan=False)
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from evaluations.dinov2 import dinov2
 from evaluations.emoji import WEIGHTS, emoji_features
-from evaluations.evaluation import OF_BOTH, Side, evaluate, metric_names, not_comparable, warnings, why_not
+from evaluations.evaluation import OF_BOTH, Side, evaluate, few, metric_names, not_comparable, warnings, why_not
 from evaluations.features import extract
 from evaluations.inception import SHA256, inception, published_weights
 from evaluations.networks import FeatureNetwork, use_whole_floats, versions
@@ -139,6 +139,8 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
             network = network or feature_network(settings, ranks)
             features = extract(source.images, network, settings.cache, ranks, settings.batch_size, word)
         sides.append(Side(source, features))
+        for warning in few(word, sides[-1], metrics) if ranks.rank == 0 else []:
+            sys.stderr.write(f"warning: {warning}\n")
     if ranks.rank:
         return {}
     half = settings.pr_dtype == "fp16"

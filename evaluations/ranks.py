@@ -155,6 +155,9 @@ def _start_mpi() -> Ranks:
 def run(main: Callable[[Ranks], None]) -> None:
     """Run a program on the ranks: bad input is one line from rank 0 and status 2, a failed rank ends them all."""
     ranks = None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what its encoding lacks is no error after all the work
     try:
         ranks = start()
         if ranks.size > 1 and "OMP_NUM_THREADS" not in os.environ:

@@ -1,7 +1,6 @@
 """guided-diffusion's logger: lines of text and tables of means, to the terminal and to the files of a folder."""
 
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from .runs.ranks import rank_told as get_rank_without_mpi_import
+from .storage.files import json_text
 from .training.log import ProgressFile
 
 DEBUG, INFO, WARN, ERROR, DISABLED = range(10, 60, 10)
@@ -81,7 +81,7 @@ class JSONOutputFormat(KVWriter):
         self.file = _new(filename)
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        print(json.dumps(_plain(kvs)), file=self.file, flush=True)
+        print(json_text(_plain(kvs)), file=self.file, flush=True)
 
     def close(self) -> None:
         self.file.close()

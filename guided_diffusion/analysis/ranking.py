@@ -13,6 +13,9 @@ from .watch import Look
 ENOUGH = 0.5
 """The part of the change of the mean-pixel blur that a recommended σ reaches."""
 
+FEW = 16
+"""Pictures: of fewer, neither ranks nor σ tell one block from another."""
+
 RULE = (
     "Blocks are ranked by each measure (largest first); the recommended one has the smallest mean rank, of equal "
     f"ones the larger change. The recommended σ is the smallest that was tried with at least {ENOUGH:.0%} of the "
@@ -90,3 +93,16 @@ def recommendation(rows: Sequence[Mapping[str, Any]], change: Mapping[str, Mappi
     """The flags to try first: `sag_block` and `blur_sigma`."""
     best = rows[0]["block"]
     return {"sag_block": best, "blur_sigma": recommended_sigma(change[best])}
+
+
+def doubts(rows: Sequence[Mapping[str, Any]], images: int, samples: int) -> list[str]:
+    """Why the recommendation from ranked rows, of so many images and samples, is no evidence; empty if it may be."""
+    found = [
+        f"{count} {word} are too few to tell blocks apart (wanted {FEW} or more)"
+        for count, word in ((images, "images"), (samples, "samples"))
+        if count < FEW
+    ]
+    first = [row["block"] for row in rows if row["mean_rank"] == rows[0]["mean_rank"]]
+    if len(first) > 1:
+        found.append(f"{', '.join(first)} share the first place")
+    return found

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..storage.files import plain
 from ..tables.page import Section, as_markdown, measured, templates
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -149,8 +150,11 @@ def introduction(results: Results) -> list[str]:
     """What was looked at, and what is recommended."""
     study = results["study"]
     flags = " ".join(f"--{name} {value}" for name, value in results["recommendation"].items())
+    first = f"To try first: {flags}"
+    if results["doubts"]:
+        first = f"No recommendation: {'; '.join(results['doubts'])}. First in this order, which is no evidence: {flags}"
     return [
-        f"To try first: {flags}",
+        first,
         f"{results['model']}: {study['images']} images ({results['images']}), noised to steps "
         f"{', '.join(map(str, study['steps']))} of {study['of_steps']}; one network pass a step records every block. "
         "± is the standard error over images; where steps or blocks are averaged, each image's own mean comes first.",
@@ -174,7 +178,7 @@ def html(results: Results, looks: Results) -> str:
         .render(
             title=results["title"],
             introduction=introduction(results),
-            looks=looks,
+            looks=plain(looks),
             notes=results["notes"],
             sections=sections(results),
         )

@@ -1,6 +1,5 @@
 """The attention report of a model: its samples watched, known images studied, blocks ranked, all of it written down."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from ..runs.pipeline import ImagePipeline
 from ..settings.analysis import ReportConfig
 from ..settings.options import exit_on_bad_input
 from ..stable_diffusion.sampling import LatentPipeline
-from ..storage.files import write_atomically
+from ..storage.files import json_text, write_atomically
 from . import report
 from .gallery import write_pictures
 from .known_images import KnownImages
-from .ranking import RULE, Changes, ranking, recommendation
+from .ranking import RULE, Changes, doubts, ranking, recommendation
 from .scrubber import HOW, sample_looks, scrubber
 from .study import AttentionStudy, step_at
 from .subjects import Subject
@@ -126,7 +125,7 @@ def run(analysis: Analysis, folder: Path) -> str:
     first = results["recommendation"]["sag_block"]
     looks = scrubber(in_the_page, grids, shown, of, config.psi[0], sigmas[0], first)
     texts = {
-        "attention.json": json.dumps(results, ensure_ascii=False) + "\n",
+        "attention.json": json_text(results) + "\n",
         "report.md": report.markdown(results),
         "report.html": report.html(results, looks),
     }
@@ -150,6 +149,7 @@ def _results(
         "guidance_of_the_run": subject.guidance_line,
         "seed": pipeline.config.seed,
         "recommendation": recommendation(ranked, change),
+        "doubts": doubts(ranked, study["images"], pipeline.num_samples),
         "rule": RULE,
         "ranking": ranked,
         "change": {

@@ -14,7 +14,6 @@ network, and what moments cost beside it.
 
 import argparse
 import itertools
-import json
 import os
 import platform
 import shlex
@@ -44,6 +43,7 @@ from ..runs.sample_store import SampleStore, Shard
 from ..runs.timing import in_turns, medians, peak_bytes, seconds
 from ..settings.options import parse_args
 from ..storage import pictures
+from ..storage.files import json_text
 
 import torch  # isort: skip (after evaluations, which sets how its threads wait)
 
@@ -338,4 +338,4 @@ def main() -> None:
                 print(f"{row.section:<11} {row.what:<64} {row.value:8.3f} {row.unit}{goal}", flush=True)
                 rows.append(row)
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1))
+        args.json.write_text(json_text({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1))

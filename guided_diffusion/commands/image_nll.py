@@ -1,9 +1,10 @@
 """Measure the likelihood of images under a diffusion model, in bits per dimension.
 
 The variational bound (Ho et al. 2020; Nichol & Dhariwal 2021) of the network as it is, without guidance, with one noise
-for each image and step. --timestep_respacing bounds by a process of fewer steps: quicker and looser. Images are not
-mirrored, and squares are cut from their middle; their classes, where --class_cond is on, are the beginnings of the file
-names (label_name.png) in sorted order, as in training. Writes nll.json and terms.npz. Examples:
+for each image and step. --timestep_respacing bounds by a process of fewer steps: quicker and looser. Of a folder that
+holds more than --num_samples images, so many are drawn by the seed; nll.json knows them by the hash of their contents.
+Images are not mirrored, and squares are cut from their middle; their classes, where --class_cond is on, are the
+beginnings of the file names (label_name.png) in sorted order, as in training. Writes nll.json and terms.npz. Examples:
 
   python scripts/image_nll.py --config runs/emoji/config.yaml --model_path runs/emoji/ema_0.9999_001000.pt \\
       --data_dir data/emoji32/held_out --batch_size 16
@@ -11,14 +12,13 @@ names (label_name.png) in sorted order, as in training. Writes nll.json and term
       --data_dir PICTURES --batch_size 64
 """
 
-import json
-
 from ..diffusion.diffusion import build_diffusion
 from ..networks.building import build_network, fill, make_ready, unfilled
 from ..runs.likelihood import measure
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
+from ..storage.files import json_text
 from ..storage.images import ImageFolder
 
 
@@ -42,8 +42,11 @@ def main() -> None:
     if result is None:
         return
     if likelihood.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json_text(result))
         return
     total, prior = result["total_bpd"], result["prior_bpd"]
     error = "" if total["error"] is None else f" ± {total['error']:.4f}"
-    print(f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}; N = {result['n']}")
+    images = result["images"]
+    how = f"drawn by seed {likelihood.seed}" if images["drawn"] else "the first by name"
+    n = f"{result['n']} of {images['of']}, {how}" if result["n"] < images["of"] else result["n"]
+    print(f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}; N = {n}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..settings.options import check_seed
 
 # The purpose of a stream and the step stand in the high words of Philox's counter, so streams never meet.
-X_T, STEP, LABEL, MASK, ORDER, CROP, TRAINING, VALIDATION, DROPOUT = range(9)
+X_T, STEP, LABEL, MASK, ORDER, CROP, TRAINING, VALIDATION, DROPOUT, CHOICE = range(10)
 
 _drawing = ThreadPoolExecutor(1, thread_name_prefix="noise")
 
@@ -20,6 +20,11 @@ def generator(seed: int, index: int, purpose: int, step: int = 0) -> np.random.G
     """The random numbers of sample `index` for one purpose and step."""
     key = np.array([seed, index], dtype=np.uint64)  # of a list numpy would make floats from 2^63 on
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, purpose, step]))
+
+
+def choice(seed: int, of: int) -> list[int]:
+    """The numbers 0 … of − 1 in the order in which a seed draws them, so that fewer are the beginning of more."""
+    return generator(seed, 0, CHOICE).permutation(of).tolist()
 
 
 def sample_labels(seed: int, indices: Sequence[int], num_classes: int) -> Tensor:

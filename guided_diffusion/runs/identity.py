@@ -1,8 +1,9 @@
-"""What makes samples what they are: the identity of a run, its folder, and the versions that made it."""
+"""What makes samples what they are: the identity of a run, its folder, and what made them: device, dtype, versions."""
 
 import os
 import platform
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,42 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     } | {name: sys.modules[name].__version__ for name in ("diffusers", "transformers") if sys.modules.get(name)}
+
+
+def device_name(device: torch.device) -> str:
+    """cpu, or the model of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def made_by(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What results are made by here: they are equal to others' only up to rounding where it is not the same."""
+    return {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "versions": versions()}
+
+
+def distinct(makers: Iterable[tuple[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Each different `made_by` once, with `samples`, the number of samples that it made; makers: (samples, made_by)."""
+    found: list[dict[str, Any]] = []
+    for samples, maker in makers:
+        known = next((one for one in found if {**one, "samples": 0} == {**maker, "samples": 0}), None)
+        if known is None:
+            found.append({**maker, "samples": samples})
+        else:
+            known["samples"] += samples
+    return found
+
+
+def what_differs(makers: list[dict[str, Any]]) -> str:
+    """A sentence where samples of different makers (`distinct`) stand beside each other, else nothing."""
+    flat = [{**maker, **of} if isinstance(of := maker.get("versions"), dict) else maker for maker in makers]
+    keys = dict.fromkeys(key for maker in flat for key in maker if key not in ("versions", "samples"))
+    parts = []
+    for key in keys:
+        counts: dict[str, int] = {}
+        for maker in flat:
+            value = str(maker.get(key, "not known"))
+            counts[value] = counts.get(value, 0) + maker["samples"]
+        if len(counts) > 1:
+            parts.append(f"{key} {', '.join(f'{value} ({count})' for value, count in counts.items())}")
+    if not parts:
+        return ""
+    return f"Not all samples were made alike, so they are those of one maker up to rounding only: {'; '.join(parts)}."

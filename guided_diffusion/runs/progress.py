@@ -1,6 +1,5 @@
 """What a run shows while it works, and how it is stopped."""
 
-import json
 import signal
 import sys
 import time
@@ -10,10 +9,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..storage.files import json_text
 from .ranks import Job
 
 SECONDS_BETWEEN_LINES = 10
 """Where there is no terminal for a bar."""
+
+
+ONE_KEY_S = 0.3
+"""A launcher passes on the Ctrl-C that a rank got by itself: signals so close together are one."""
 
 
 class Progress:
@@ -52,7 +56,7 @@ class Progress:
             "images_per_s": round(rate, 3),
             "seconds_left": round(left / rate) if rate else None,
         }
-        text = json.dumps(line) if self._json else ", ".join(f"{key} {value}" for key, value in line.items())
+        text = json_text(line) if self._json else ", ".join(f"{key} {value}" for key, value in line.items())
         sys.stderr.write(f"{text}\n")
 
     def close(self) -> None:
@@ -62,7 +66,10 @@ class Progress:
 
 
 class Signals:
-    """SIGTERM and SIGINT: stop at the next step, or at the end of the shard if that comes within `grace` seconds."""
+    """SIGTERM and SIGINT: stop at the next step, or at the end of the shard if that comes within `grace` seconds.
+
+    A second Ctrl-C ends at once.
+    """
 
     def __init__(self, grace: float, job: Job, counter: str):
         self._grace, self._job, self._counter = grace, job, counter
@@ -78,7 +85,10 @@ class Signals:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: Any) -> None:
-        self._asked = self._asked or (number, time.monotonic())
+        now = time.monotonic()
+        self._asked = self._asked or (number, now)
+        if number == signal.SIGINT and now - self._asked[1] > ONE_KEY_S:
+            raise KeyboardInterrupt
 
     def stop_if_asked(self, shard_is_done: bool) -> None:
         """Exit if a signal came: a rank that ends takes the job along, so it first waits for the others' shards."""

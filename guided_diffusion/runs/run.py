@@ -17,13 +17,16 @@ from ..settings.options import exit_on_bad_input
 from ..storage import pictures
 from ..storage.files import join, write_atomically
 from .batch_size import chosen_batch_size, memory_said
-from .identity import identity, output_folder, versions
+from .identity import distinct, identity, made_by, output_folder, what_differs
 from .pipeline import Observer, Pipeline, make_shard
 from .progress import Progress, Signals
-from .ranks import Job, new_key
-from .sample_store import SampleStore
+from .ranks import Job, jobs, new_key
+from .sample_store import SampleStore, read_manifest
 
 GRID_SAMPLES = 64
+
+OF_MAKING = ("batch_size", "ranks", "samples_made_now", "seconds")
+"""What the manifest says of the last start that made samples."""
 
 
 def run(
@@ -53,9 +56,8 @@ def run(
         "guidance": guidance_line,
         "batch_size": batch_size,
         "ranks": job.size,
-        "device": str(pipeline.device),
-        "versions": versions(),
     }
+    maker = made_by(pipeline.device, pipeline.dtype)
     started = time.perf_counter()
     signals = Signals(config.grace, job, f"{key}/stopped")
     with ExitStack() as stack:
@@ -64,7 +66,11 @@ def run(
         if job.rank == 0:
             with exit_on_bad_input():
                 stack.enter_context(store.lock())
-                todo = _prepare(store, config.overwrite, about, guidance_line)
+                # What is watched is made anew: of samples that are there, nothing can be seen.
+                if config.overwrite and (observe or not store.begun_by_this_job()):
+                    store.clear()
+                    about["begun_by"] = jobs()
+                todo = _prepare(store, about, guidance_line)
         todo = json.loads(job.share(f"{key}/todo", json.dumps(todo)))
         missing = sum(len(store.indices(number)) for number in todo)
         progress = Progress(
@@ -90,18 +96,24 @@ def run(
             with memory_said(batch_size):
                 shard = make_shard(pipeline, store.indices(number), batch_size, watch)
             with exit_on_bad_input():
-                store.write(number, shard)
+                store.write(number, shard, maker)
             signals.stop_if_asked(shard_is_done=True)
         progress.close()
         if job.rank == 0:
             with exit_on_bad_input():
-                about["network_evaluations_per_sample"] = store.merge()
+                made = store.merge()
+            about["network_evaluations_per_sample"] = sum(each.evaluations * each.samples for each in made) / sum(
+                each.samples for each in made
+            )
+            about["made_by"] = distinct((each.samples, each.by) for each in made)
             about |= {"file": os.path.basename(store.samples_path), "samples_made_now": missing, "settings": settings}
             about["seconds"] = round(time.perf_counter() - started, 3)
             _write_rest(store, settings, about)
             if config.png:
                 with exit_on_bad_input():
                     _write_pngs(store, job, f"{key}/pngs", config.log_json)
+            if differs := what_differs(about["made_by"]):
+                sys.stderr.write(f"{differs}\n")
             print(
                 f"{missing} samples in {about['seconds']:.1f} s ({pipeline.num_samples - missing} were there), "
                 f"{about['network_evaluations_per_sample']:g} network evaluations each: {store.samples_path}"
@@ -110,14 +122,15 @@ def run(
     return store, about
 
 
-def _prepare(store: SampleStore, overwrite: bool, about: dict[str, Any], guidance_line: str) -> list[int]:
+def _prepare(store: SampleStore, about: dict[str, Any], guidance_line: str) -> list[int]:
     """Make the folder fit for this run and tell which shards are missing."""
     store.sweep()
-    if overwrite:
-        store.clear()
     sys.stderr.write(store.check())
     todo = store.missing()
-    store.write_manifest(about)
+    before = read_manifest(store.folder)
+    about |= {key: before[key] for key in ("begun_by",) if key in before}
+    if todo or "file" not in before:
+        store.write_manifest(about)
     sys.stderr.write(f"{guidance_line}\n")
     there = len(store.shards) - len(todo)
     if there:
@@ -137,10 +150,12 @@ def _write_pngs(store: SampleStore, job: Job, counter: str, log_json: bool) -> N
 
 
 def _write_rest(store: SampleStore, settings: dict[str, Any], about: dict[str, Any]) -> None:
+    """The grid, the settings and the manifest; what a start that made nothing costs is not what the samples cost."""
     shown = store.first(GRID_SAMPLES)
     pictures.save_png(
         pictures.enlarge(pictures.grid(shown, math.ceil(len(shown) ** 0.5)), 600), join(store.folder, "grid.png")
     )
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
     write_atomically(join(store.folder, "config.yaml"), lambda file: file.write(text))
-    store.write_manifest(about)
+    before = read_manifest(store.folder) if not about["samples_made_now"] else {}
+    store.write_manifest(about | {key: before[key] for key in OF_MAKING if key in before})

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..storage import pictures
-from ..storage.files import is_address, join, write_atomically
-from .shards import Shards
+from ..storage.files import is_address, join, json_text, plain, write_atomically
+from .ranks import jobs
+from .shards import Made, Shards
 
 RESULT = re.compile(r"samples_\d+(x\d+)*\.npz|grid\.png|comparison\.png|config\.yaml")
 """The files of a finished run, beside its manifest, shards and PNGs."""
@@ -60,14 +61,12 @@ class SampleStore(Shards):
     def check(self) -> str:
         """Compare the folder's manifest with this run; a ValueError names what differs. Returns a word for the log."""
         if not bf.exists(self.manifest_path):
+            self._check_free()
             return ""
-        try:
-            with bf.BlobFile(self.manifest_path, "rb") as file:
-                manifest = json.loads(file.read(2**24))
-            theirs = dict(manifest["identity"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        theirs = read_manifest(self.folder).get("identity")
+        if not isinstance(theirs, dict):
             return f"{self.manifest_path} is damaged and is written again; shards tell by themselves what they are\n"
-        ours = json.loads(json.dumps(dict(self.identity)))
+        theirs, ours = plain(theirs), plain(dict(self.identity))
         different = [
             f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}"
             for key in sorted(theirs.keys() | ours.keys())
@@ -80,18 +79,36 @@ class SampleStore(Shards):
             )
         return ""
 
+    def _check_free(self) -> None:
+        """A ValueError where the folder's description is of something else, such as a training."""
+        path = join(self.folder, "config.yaml")
+        if bf.exists(path) and not self._holds_shards():
+            raise ValueError(
+                f"{path} is not of a run of samples, but of a training or another's, and samples would overwrite it; "
+                "give another --out_dir"
+            )
+
+    def begun_by_this_job(self) -> bool:
+        """Whether an earlier start of this very job, which the scheduler started again, began this very run here."""
+        manifest = read_manifest(self.folder)
+        begun_by = manifest.get("begun_by")
+        again = isinstance(begun_by, list) and any(job in begun_by for job in jobs(started_again=True))
+        return again and manifest.get("hash") == self.hash
+
     def _holds_shards(self) -> bool:
         shards = join(self.folder, "shards")
         return bf.isdir(shards) and any(name.endswith(".npz") for name in bf.listdir(shards))
 
     def clear(self) -> None:
         """Delete what an earlier run left: all samples and pictures of them, and what describes them."""
+        if not bf.exists(self.manifest_path):
+            self._check_free()
         if bf.isdir(join(self.folder, "shards")):
             (bf.rmtree if is_address(self.folder) else shutil.rmtree)(join(self.folder, "shards"))
-        if bf.exists(self.manifest_path):
-            bf.remove(self.manifest_path)
         for path in [*self._pngs(), *self._results()]:
             bf.remove(path)
+        if bf.exists(self.manifest_path):
+            bf.remove(self.manifest_path)
 
     def _results(self) -> list[str]:
         """What a finished run leaves beside its shards."""
@@ -101,43 +118,42 @@ class SampleStore(Shards):
     def write_manifest(self, about: Mapping[str, Any]) -> None:
         """Write manifest.json: the identity, its hash, and what is known about the run."""
         manifest = {"identity": self.identity, "hash": self.hash, "samples": self.num_samples, **about}
-        write_atomically(self.manifest_path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        write_atomically(self.manifest_path, lambda file: file.write(json_text(manifest, indent=1).encode()))
 
-    def write(self, number: int, shard: Shard) -> None:
-        """Write a shard."""
+    def write(self, number: int, shard: Shard, made_by: Mapping[str, Any] | None = None) -> None:
+        """Write a shard. made_by: as `identity.made_by`, None if not known."""
         labels = {} if shard.labels is None else {"arr_1": shard.labels}
-        self.write_arrays(number, {"arr_0": shard.images, **labels}, shard.evaluations)
+        self.write_arrays(number, {"arr_0": shard.images, **labels}, shard.evaluations, made_by or {})
 
     def read(self, number: int) -> Shard:
         """A shard; `DamagedError` if it is not what this run would write."""
-        arrays, evaluations = self.read_arrays(number)
-        return Shard(arrays["arr_0"], arrays.get("arr_1"), evaluations)
+        arrays, made = self.read_arrays(number)
+        return Shard(arrays["arr_0"], arrays.get("arr_1"), made.evaluations)
 
-    def merge(self) -> float:
+    def merge(self) -> list[Made]:
         """Write all shards as one npz (arr_0 images, arr_1 labels), one shard in memory at a time.
 
-        Returns the network evaluations per sample.
+        Returns how each of them was made.
         """
-        evaluations = 0.0
+        made: list[Made] = []
 
         def stream(file: BinaryIO) -> None:
-            nonlocal evaluations
             labels = []
             with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
                 with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                     header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_samples, *self.shape)}
                     np.lib.format.write_array_header_1_0(member, header)
                     for number in self.shards:
-                        shard = self.read(number)
-                        member.write(shard.images.data)
-                        labels.append(shard.labels)
-                        evaluations += shard.evaluations * len(shard.images)
+                        arrays, how = self.read_arrays(number)
+                        member.write(arrays["arr_0"].data)
+                        labels.append(arrays.get("arr_1"))
+                        made.append(how)
                 if self.labelled:
                     with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                         np.lib.format.write_array(member, np.concatenate(labels), version=(1, 0))
 
         write_atomically(self.samples_path, stream)
-        return evaluations / self.num_samples
+        return made
 
     def png_path(self, index: int) -> str:
         return join(self.folder, "images", f"{index:06d}.png")
@@ -173,12 +189,21 @@ class SampleStore(Shards):
         return np.concatenate([self.read(number).images for number in range(needed)])[:count]
 
 
+def read_manifest(folder: str) -> dict[str, Any]:
+    """What a folder's manifest says, {} where there is none or it is damaged."""
+    try:
+        with bf.BlobFile(join(folder, "manifest.json"), "rb") as file:
+            manifest = json.loads(file.read(2**24))
+    except (OSError, ValueError, RecursionError, bf.Error):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
 def batch_size_of(folder: str) -> int:
     """The batch size that a folder's manifest tells, or 0."""
     try:
-        with bf.BlobFile(join(folder, "manifest.json"), "rb") as file:
-            return max(0, int(json.loads(file.read(2**24))["batch_size"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, bf.Error):
+        return max(0, int(read_manifest(folder).get("batch_size", 0)))
+    except (ValueError, TypeError, OverflowError):
         return 0
 
 

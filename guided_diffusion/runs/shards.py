@@ -28,6 +28,15 @@ class DamagedError(ValueError):
     """A shard that is not what it should be: it is made again."""
 
 
+@dataclass(frozen=True)
+class Made:
+    """How a shard was made: its number of samples, the network evaluations of each, and by whom, {} if not known."""
+
+    samples: int
+    evaluations: float
+    by: Mapping[str, Any]
+
+
 def _digest(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for array in arrays.values():
@@ -92,20 +101,21 @@ class Shards(ABC):
             return False
         return True
 
-    def write_arrays(self, number: int, arrays: Arrays, evaluations: float) -> None:
-        """Write a shard. evaluations: of the network, for each of its samples."""
+    def write_arrays(self, number: int, arrays: Arrays, evaluations: float, made_by: Mapping[str, Any]) -> None:
+        """Write a shard. evaluations: of the network, for each of its samples. made_by: as `identity.made_by`."""
         about = {
             "hash": self.hash,
             "seed": self.identity.get("seed"),
             "first": self.indices(number)[0],
             "evaluations": evaluations,
             "sha256": _digest({name: arrays[name] for name in self.rows}),
+            "made_by": made_by,
         }
         members = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays}
         write_atomically(self.path(number), lambda file: np.savez(file, **members))
 
-    def read_arrays(self, number: int) -> tuple[Arrays, float]:
-        """The arrays and the evaluations of a shard; `DamagedError` if it is not what this run would write."""
+    def read_arrays(self, number: int) -> tuple[Arrays, Made]:
+        """The arrays of a shard and how they were made; `DamagedError` if it is not what this run would write."""
         count = len(self.indices(number))
         wanted = {name: (np.dtype(kind), (count, *shape)) for name, (kind, shape) in self.rows.items()}
         with bf.BlobFile(self.path(number), "rb", streaming=is_address(self.folder)) as file:
@@ -113,9 +123,9 @@ class Shards(ABC):
                 arrays = read_arrays(file, {"about": (np.dtype(np.uint8), (None,)), **wanted})
                 about = json.loads(arrays.pop("about").tobytes())
                 found = (about["hash"], about["first"], about["sha256"])
-                evaluations = float(about["evaluations"])
+                made = Made(len(self.indices(number)), float(about["evaluations"]), dict(about.get("made_by", {})))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DamagedError(f"{self.path(number)}: {error}") from None
         if found != (self.hash, self.indices(number)[0], _digest(arrays)):
             raise DamagedError(f"{self.path(number)}: not the samples of this run, or damaged")
-        return arrays, evaluations
+        return arrays, made

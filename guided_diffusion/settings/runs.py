@@ -30,9 +30,13 @@ class RunConfig:
         0.5, "share of the steps that are made of an init_image: near 0 it comes back, 1 is all steps", later=True
     )
     out_dir: str = option("", "folder to write to; empty: $OPENAI_LOGDIR, else runs/ and a name made of the settings")
-    overwrite: bool = option(False, "delete what an earlier run left in the folder")
+    overwrite: bool = option(
+        False,
+        "delete what an earlier run left in the folder; a job that Slurm, LSF or torchrun starts again keeps what its "
+        "earlier start made with the same settings",
+    )
     png: bool = option(False, "write the samples as PNGs too: images/000000.png and so on")
-    grace: float = option(0.0, "seconds that SIGTERM and Ctrl-C leave for finishing the shard in hand")
+    grace: float = option(0.0, "seconds that SIGTERM and Ctrl-C leave the shard in hand; a second Ctrl-C ends at once")
     patience: float | None = option(
         None,
         "seconds without a sign of life after which another rank does what a rank had taken; empty: 60, or 20 of its "
@@ -127,10 +131,13 @@ class LikelihoodConfig:
 
     data_dir: str = option("", "folder of images (any depth); label_name.png gives the class, where there are classes")
     model_path: str = option("", "weights of the network: .pt or .safetensors, local or what blobfile opens", path=True)
-    num_samples: int = option(1000, "images to measure: the first by name, or all if there are fewer")
+    num_samples: int = option(1000, "images to measure, or all if there are fewer")
+    draw: bool = option(
+        True, "which images: a random draw by the seed, of which fewer are the beginning; False: the first by name"
+    )
     batch_size: int = option(1, "images at a time")
     clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
-    seed: int = option(0, "the noise of image i depends on the seed and on i alone")
+    seed: int = option(0, "of the draw, and of the noise of image i by name, which depends on seed and i alone")
     out_dir: str = option("runs/nll", "folder to write to; the same command goes on from there")
     json: bool = option(False, "print the result as JSON")
 

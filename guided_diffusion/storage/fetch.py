@@ -15,7 +15,7 @@ import blobfile as bf
 from filelock import FileLock
 from tqdm import tqdm
 
-from .files import is_address, sha256
+from .files import is_address, json_text, sha256
 
 CHUNK = 2**20
 TIMEOUT_S = 60
@@ -146,5 +146,5 @@ def _fetch(path: str, file: Path) -> None:
     if size is not None and got != size:
         raise ValueError(f"{path}: broke off at {got} of {size} bytes; the same command goes on from there")
     record = {"address": path, "size": got, "sha256": sha256(part)}
-    file.with_name(f"{file.name}.json").write_text(json.dumps(record), encoding="utf-8")
+    file.with_name(f"{file.name}.json").write_text(json_text(record), encoding="utf-8")
     os.replace(part, file)

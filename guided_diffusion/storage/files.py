@@ -1,10 +1,12 @@
-"""Writing files whole or not at all, and reading arrays without trusting them."""
+"""Writing files whole or not at all, strict JSON, and reading arrays without trusting them."""
 
 import hashlib
+import json
+import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +24,20 @@ def is_address(path: str | Path) -> bool:
 def join(folder: str | Path, *names: str) -> str:
     """A path below a folder, local or remote."""
     return bf.join(str(folder), *names) if is_address(folder) else os.path.join(folder, *names)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite as the texts inf and -inf, and null for NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that any reader takes, as Python's own Infinity and NaN are none, in ASCII, which any stream takes."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def sha256(path: str | Path) -> str:

@@ -1,9 +1,11 @@
 """A plan's results for people: Markdown, and one self-contained HTML page with curves and pictures to compare."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ..runs.identity import distinct, what_differs
 from .page import Section, as_markdown, measured, templates
 
 TITLES = {
@@ -105,9 +107,12 @@ def add_relative_times(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _introduction(results: Mapping[str, Any]) -> list[str]:
-    done = sum(bool(row["metrics"]) for row in results["rows"])
+    own = [row for row in results["rows"] if not row["same_as"]]
+    done = [row for row in own if row["metrics"]]
+    same = len(results["rows"]) - len(own)
+    more = f" ({same} more show the numbers of another)" if same else ""
     lines = [
-        f"{done} of {len(results['rows'])} rows measured. {results['note']}".strip(),
+        f"{len(done)} of {len(own)} rows measured{more}. {results['note']}".strip(),
         f"Features: {results['features']}; precision and recall in {results['pr_dtype']}; device: {results['device']}; "
         f"versions: {', '.join(f'{name} {version}' for name, version in results['versions'].items())}.",
         "± is the standard error of the samples' side (distances: delta method). Published numbers are quoted from "
@@ -115,8 +120,13 @@ def _introduction(results: Mapping[str, Any]) -> list[str]:
         if results["paper"]
         else "± is the standard error of the samples' side (distances: delta method). All numbers are this run's.",
     ]
-    because = next((row["not_comparable"] for row in results["rows"] if row.get("not_comparable")), [])
-    return lines + ([f"Not comparable to published numbers: {'; '.join(because)}."] if because else [])
+    makers = distinct((maker["samples"], maker) for row in done for maker in row.get("made_by", []))
+    lines += [differs] if (differs := what_differs(makers)) else []
+    because = Counter(reason for row in done for reason in row.get("not_comparable", []))
+    said = [
+        reason if count == len(done) else f"{reason} ({count} of {len(done)} rows)" for reason, count in because.items()
+    ]
+    return lines + ([f"Not comparable to published numbers: {'; '.join(said)}."] if said else [])
 
 
 def _curve(points: Sequence[tuple[float, str, Mapping[str, float | None]]], title: str) -> Any:

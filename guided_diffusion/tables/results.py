@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..runs.identity import versions
-from ..storage.files import write_atomically
+from ..runs.identity import device_name, versions
+from ..storage.files import json_text, write_atomically
 from . import comparison, report
 from .plans import Plan, Row
 
@@ -70,13 +70,13 @@ def write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]], device: 
             "pr_dtype": plan.pr_dtype,
             "common_n": plan.common_n,
             "groups": dict(plan.groups),
-            "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "device": device_name(device),
             "versions": versions(),
             "rows": rows,
         }
         drawn = {row["name"]: comparison.drawn(folder / row["name"]) for row in rows if row["metrics"]}
         texts = {
-            "results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+            "results.json": json_text(results, indent=1) + "\n",
             "report.md": report.markdown(results),
             "report.html": report.html(results, {name: images for name, images in drawn.items() if images}),
         }

@@ -97,6 +97,7 @@ def measure(
         "guidance": prepared.guidance_line,
         "fidelity": prepared.settings["fidelity"],
         "hash": store.hash,
+        "made_by": about["made_by"],
     }
 
 

@@ -1,6 +1,5 @@
 """What the training scripts share: data of a rank, the folder's files, the run and what it says, samples on the way."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,7 @@ from ..settings.model import DiffusionConfig, NetworkConfig
 from ..settings.options import BadInput, exit_on_bad_input
 from ..settings.training import TrainerConfig, TrainingConfig
 from ..storage import pictures
-from ..storage.files import alone_in, write_atomically
+from ..storage.files import alone_in, json_text, write_atomically
 from ..storage.images import class_names, list_image_files
 from .data import load_data
 from .loop import TrainLoop
@@ -63,11 +62,16 @@ def null_label(network: NetworkConfig) -> int | None:
 
 
 def write_description(out_dir: str, settings: dict[str, Any], classes: Sequence[str]) -> None:
-    """Leave what a sampler's --config reads of the network, config.yaml, and its classes' names, classes.json."""
+    """Leave what a sampler's --config reads of the network, config.yaml, and its classes' names, classes.json.
+
+    A ValueError where the folder is of a run of samples, whose settings these would overwrite.
+    """
+    if (Path(out_dir) / "manifest.json").exists():
+        raise ValueError(f"out_dir: {out_dir} holds samples of a run and its config.yaml; give training another folder")
     text = yaml.safe_dump(settings, sort_keys=False)
     write_atomically(Path(out_dir) / "config.yaml", lambda file: file.write(text.encode()))
     if classes:
-        write_atomically(Path(out_dir) / "classes.json", lambda file: file.write(json.dumps(classes).encode()))
+        write_atomically(Path(out_dir) / "classes.json", lambda file: file.write(json_text(classes).encode()))
 
 
 @contextmanager
@@ -86,6 +90,8 @@ def run(loop: Trainer) -> None:
         parameters = sum(parameter.numel() for parameter in loop.network.parameters())
         ranks = f" ({loop.job.size} ranks)" if loop.job.size > 1 else ""
         print(f"{parameters:,} parameters on {loop.device}{ranks}; step {loop.step} in {loop.out_dir}", flush=True)
+        if loop.config.steps is None:
+            print("no end (--lr_anneal_steps 0): it trains until Ctrl-C or SIGTERM, which save", flush=True)
     try:
         stopped = loop.run()
     except FloatingPointError as error:

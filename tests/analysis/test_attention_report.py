@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from guided_diffusion.analysis import report as page
-from guided_diffusion.analysis.ranking import Changes, ranking, recommendation, recommended_sigma
+from guided_diffusion.analysis.ranking import Changes, doubts, ranking, recommendation, recommended_sigma
 from guided_diffusion.analysis.scrubber import quantised
 from guided_diffusion.analysis.study import AttentionStudy, step_at
 from guided_diffusion.analysis.watch import Watch
@@ -178,6 +178,12 @@ def test_ranking_and_recommendation():
     assert rows[0]["ranks"] == {"iou_gain": 2, "excess": 1, "change": 2}
     assert rows[0]["mean_rank"] == pytest.approx(5 / 3, abs=1e-3)
     assert recommendation(rows, change) == {"sag_block": "a", "blur_sigma": "1"}
+    assert doubts(rows, 16, 16) == []
+    assert doubts(rows, 371, 2) == ["2 samples are too few to tell blocks apart (wanted 16 or more)"]
+    tied = [row | {"mean_rank": 1.5} for row in rows[:2]] + rows[2:]
+    assert doubts(tied, 15, 16) == [
+        "15 images are too few to tell blocks apart (wanted 16 or more)", "a, b share the first place"
+    ]  # fmt: skip
     assert recommended_sigma({"1": {"value": 0.1}, "inf": {"value": 1.0}}) == "1"
     assert recommended_sigma({"inf": {"value": 1.0}}) == "inf"
 
@@ -195,7 +201,8 @@ def test_report_leaves_what_it_says(report):
     assert list(results["change"]["blocks"]["middle_block.1"]) == ["1.5", "0.375", "0.75", "3", "inf"]
     text = (report / "report.md").read_text()
     row = results["ranking"][0]
-    assert f"--sag_block {row['block']} --blur_sigma" in text
+    assert "No recommendation: 5 images are too few" in text
+    assert f"which is no evidence: --sag_block {row['block']} --blur_sigma" in text
     size = results["study"]["sizes"][0]
     gain = size["over_steps"]["1"]["iou_gain"]
     assert f"{gain['value']:.3f} ± {gain['error']:.3f} | 0.16 → 0.23" in text

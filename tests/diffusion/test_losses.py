@@ -9,8 +9,8 @@ from scipy.stats import norm
 
 import golden
 from guided_diffusion.diffusion.denoiser import ModelMeanType, ModelVarType
-from guided_diffusion.diffusion.losses import LossType, prior_bpd
-from guided_diffusion.diffusion.process import get_named_beta_schedule
+from guided_diffusion.diffusion.losses import LossType, bpd_loop, prior_bpd
+from guided_diffusion.diffusion.process import ForwardProcess, get_named_beta_schedule
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.training.schedule_sampler import LossSecondMomentSampler
@@ -129,6 +129,20 @@ def test_the_last_term_is_the_likelihood_of_the_pixels():
     shares = norm.cdf(upper, mean, scale) - norm.cdf(lower, mean, scale)
     bits = -np.log2(np.maximum(shares, 1e-12)).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(losses["loss"], bits, rtol=5e-3)
+
+
+def test_the_bound_is_the_prior_and_every_term():
+    process = ForwardProcess(np.full(3, 0.1))
+    terms = {0: 1.0, 1: 10.0, 2: 100.0}
+    found = bpd_loop(
+        process,
+        X0,
+        lambda _: torch.zeros_like(X0),
+        lambda x_t, t: (torch.tensor([terms[int(step)] for step in t]), x_t),
+        lambda x0: torch.arange(len(x0)) + 1000.0,
+    )
+    assert found["total_bpd"].tolist() == [1111.0 + i for i in range(len(X0))]
+    assert found["vb"][0].tolist() == [100.0, 10.0, 1.0]
 
 
 def test_the_prior_term():

@@ -1,5 +1,6 @@
 """The evaluator as its users run it."""
 
+import io
 import json
 import os
 import runpy
@@ -12,9 +13,11 @@ import torch
 
 from evaluations import features as features_module
 from evaluations.emoji import emoji_features
+from evaluations.evaluator import write_json
 from evaluations.features import extract
 from evaluations.moments import Moments, frechet_distance
 from evaluations.ranks import Ranks
+from evaluations.ranks import run as run_ranks
 from evaluations.sources import open_source
 from running import mpiexec
 from sample_files import pictures, shard
@@ -266,3 +269,28 @@ def test_upstreams_golden_run(tmp_path):
     assert found["inception_score"]["value"] == pytest.approx(215.8370, rel=1e-3)
     assert found["precision"]["value"] == pytest.approx(0.8265, abs=5e-4)
     assert found["recall"]["value"] == pytest.approx(0.5309, abs=5e-4)
+
+
+def test_an_output_without_the_characters_is_no_error(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run_ranks(lambda _: print("Fréchet distance"))
+    sys.stdout.flush()
+    assert written.getvalue() == b"Fr\\xe9chet distance\n"
+
+
+def test_few_images_are_warned_of(tmp_path, emoji, capsys):
+    biased = "warning: samples: 2 images are fewer than the 128 dimensions of frechet_distance: it is biased\n"
+    few = "warning: samples: 99 images are few (below 100): no metric of them says much\n"
+    for count, metric, said in ((2, "frechet_distance", biased), (99, "kid", few), (150, "frechet_distance", "")):
+        np.savez(tmp_path / "few.npz", pictures(count, 32))
+        result(tmp_path, emoji[0], tmp_path / "few.npz", "--features", "emoji", "--metrics", metric)
+        errors = capsys.readouterr().err
+        assert said in errors
+        assert errors.count("warning: ") == bool(said)
+
+
+def test_json_of_numbers_that_are_not_finite_is_json(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("inf"), -float("inf"), (float("nan"), 1.5)]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": ["inf", "-inf", [None, 1.5]]}

@@ -1,5 +1,6 @@
 """The likelihood of a folder of images: the bound itself, for any ranks and batches, and resumed."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from guided_diffusion.diffusion.noise import SampleNoise
+from guided_diffusion.diffusion.noise import SampleNoise, choice
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.runs.likelihood import BY_STEP, measure
 from guided_diffusion.runs.ranks import Job
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
@@ -124,6 +126,7 @@ def test_more_images_in_the_same_folder(flags, expected):
 
 def test_images_are_known_by_their_contents(flags, tmp_path):
     """A picture becomes another one of the same name and size: its part alone is measured again."""
+    flags["draw"] = False
     run("image_nll", **flags)
     before, was = times(flags["out_dir"]), result_in(flags["out_dir"])[0]["total_bpd"]
     third = sorted(flags["data_dir"].iterdir())[2]
@@ -142,6 +145,7 @@ def test_images_are_known_by_their_contents(flags, tmp_path):
 
 def test_an_image_of_another_class_is_another_image(flags):
     """The fourth picture of five goes from the second class to the first, and stays the fourth."""
+    flags["draw"] = False
     run("image_nll", **flags)
     before = times(flags["out_dir"])
     (flags["data_dir"] / "b_1.png").rename(flags["data_dir"] / "a_9.png")
@@ -182,8 +186,43 @@ def test_one_job_measures_several_times(model, flags, expected):
     assert found[2] == found[0] != found[1]
 
 
+def test_images_are_drawn_by_the_seed(model, flags, capsys):
+    """Two of the five, not the first two; which they were is known by their contents, the noise by their names."""
+    network, diffusion, _ = model
+    run("image_nll", **flags | {"num_samples": 2})
+    result, terms = result_in(flags["out_dir"])
+    files = sorted(flags["data_dir"].iterdir())
+    order = choice(0, COUNT)[:2]
+    assert order != [0, 1]
+    contents = b"".join(hashlib.sha256(files[i].read_bytes()).digest() for i in order)
+    assert result["images"] == {"of": 5, "drawn": True, "sha256": hashlib.sha256(contents).hexdigest()}
+    x0 = torch.stack([torch.from_numpy(np.array(Image.open(files[i]))).permute(2, 0, 1) for i in order]) / 127.5 - 1
+    labels = torch.tensor(["ab".index(files[i].name[0]) for i in order])
+    noise = SampleNoise(0, order, (3, 16, 16))
+    expected = diffusion.calc_bpd_loop(network, x0, model_kwargs={"y": labels}, step_noise=noise)
+    np.testing.assert_allclose(terms["vb"], expected["vb"].mean(dim=0), rtol=2e-4)
+    assert capsys.readouterr().out.endswith("; N = 2 of 5, drawn by seed 0\n")
+    run("image_nll", **flags | {"num_samples": 2, "draw": False})
+    assert capsys.readouterr().out.endswith("; N = 2 of 5, the first by name\n")
+    assert result_in(flags["out_dir"])[0]["images"]["sha256"] != result["images"]["sha256"]
+
+
+def test_the_prior_is_part_of_the_bound(model, flags):
+    """Three small steps leave much of the image in x_T."""
+    diffusion = GaussianDiffusion(
+        betas=np.full(3, 0.1), model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL,
+        loss_type=LossType.MSE,
+    )  # fmt: skip
+    images = ImageFolder(str(flags["data_dir"]), 16, class_cond=True)
+    config = LikelihoodConfig(data_dir="there", model_path="here", out_dir=str(flags["out_dir"]))
+    found = measure(images, model[0], diffusion, config, {}, Job())
+    terms = result_in(flags["out_dir"])[1]
+    assert found["prior_bpd"]["value"] > 0.1
+    assert found["total_bpd"]["value"] == pytest.approx(terms["vb"].sum() + found["prior_bpd"]["value"], rel=1e-5)
+
+
 def test_one_image_has_no_standard_error(flags, expected, capsys):
-    run("image_nll", **flags | {"num_samples": 1})
+    run("image_nll", **flags | {"num_samples": 1, "draw": False})
     result, _ = result_in(flags["out_dir"])
     assert result["n"] == 1
     assert result["total_bpd"]["error"] is None

@@ -1,5 +1,6 @@
 """The traps of MPI: exceptions, mixed libraries, threads, and what upstream's dist_util promises."""
 
+import io
 import os
 import sys
 import textwrap
@@ -48,6 +49,14 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, fails, status, said):
     assert process.returncode == status
     assert said in errors
     assert time.monotonic() - since < 60
+
+
+def test_an_output_without_the_characters_is_no_error(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    ranks.command(lambda: print("3.1 ± 0.2"))()
+    sys.stdout.flush()
+    assert written.getvalue() == b"3.1 \\xb1 0.2\n"
 
 
 def test_ranks_share_the_cores_and_count_without_waiting(tmp_path, monkeypatch):

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from guided_diffusion.runs.prepare import IMAGE_GROUPS, Configs, image_run
+from guided_diffusion.runs.progress import Signals
+from guided_diffusion.runs.ranks import Job
+from guided_diffusion.runs.run import run as run_pipeline
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.settings.options import parse_args
 from running import SCRIPTS, environment, mpiexec, refused, run
 from small import SMALL, randomised
 
@@ -91,6 +96,75 @@ def test_other_settings_in_the_same_folder_are_refused(flags, capsys, weights, t
     assert result(flags["out_dir"]) != first
 
 
+def test_a_start_that_makes_nothing_leaves_what_is_known_of_the_making(flags):
+    run("image_sample", **flags)
+    path = flags["out_dir"] / "manifest.json"
+    first = json.loads(path.read_text())
+    assert first["made_by"][0]["device"] == "cpu"
+    assert first["made_by"][0]["samples"] == first["samples_made_now"] == 10
+    path.write_text(json.dumps(first | {"seconds": 1234.5, "ranks": 8}))
+    run("image_sample", **flags)
+    again = json.loads(path.read_text())
+    assert again == first | {"seconds": 1234.5, "ranks": 8}
+
+
+def test_shards_of_two_devices_are_said_to_be(flags, monkeypatch, capsys):
+    run("image_sample", **flags)
+    assert "made alike" not in capsys.readouterr().err
+    (flags["out_dir"] / "shards" / "shard_000001.npz").unlink()
+    monkeypatch.setattr("guided_diffusion.runs.identity.device_name", lambda _: "A GPU")
+    run("image_sample", **flags)
+    assert "up to rounding only: device cpu (6), A GPU (4).\n" in capsys.readouterr().err
+    makers = json.loads((flags["out_dir"] / "manifest.json").read_text())["made_by"]
+    assert [(maker["device"], maker["dtype"], maker["samples"]) for maker in makers] == [
+        ("cpu", "float32", 6), ("A GPU", "float32", 4)
+    ]  # fmt: skip
+
+
+def test_overwriting_clears_once_in_a_job_that_is_started_again(flags, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run("image_sample", **flags, overwrite=True)
+    first = json.loads((flags["out_dir"] / "manifest.json").read_text())
+    shard = flags["out_dir"] / "shards" / "shard_000001.npz"
+    shard.unlink()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    run("image_sample", **flags, overwrite=True)
+    assert "4 samples in" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    run("image_sample", **flags, overwrite=True)
+    assert "0 samples in" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    run("image_sample", **flags, overwrite=True)
+    assert "10 samples in" in capsys.readouterr().out
+    assert json.loads((flags["out_dir"] / "manifest.json").read_text())["hash"] == first["hash"]
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    run("image_sample", **flags, overwrite=True)
+    assert "10 samples in" in capsys.readouterr().out
+
+
+def run_watched(flags, watch):
+    """image_sample in this process, with somebody who watches: watch(indices, state, guided)."""
+    argv = command(flags)[1:]
+    prepared = image_run(Configs.of(parse_args("", IMAGE_GROUPS, argv)), Job().device)
+    run_pipeline(prepared.pipeline, prepared.settings, prepared.guidance_line, Job(), watch)
+
+
+def test_a_watched_run_is_made_anew_also_in_a_job_that_is_started_again(flags, monkeypatch):
+    """Of samples that are there, the demo could not count where their masks were."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    seen = []
+    for restarts in range(2):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        seen.append(0)
+
+        def watch(indices, *_):
+            seen[-1] += len(indices)
+
+        run_watched(flags | {"overwrite": True}, watch)
+    assert seen == [30, 30]
+
+
 def test_an_unwritable_folder_is_refused(flags, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     refused(capsys, "image_sample", **flags | {"out_dir": tmp_path / "file" / "below"})
@@ -151,21 +225,35 @@ def test_a_stopped_run_goes_on(flags, tmp_path, number):
     assert result(tmp_path / "slow") == result(flags["out_dir"])
 
 
-def test_grace_lets_the_shard_in_hand_be_finished(flags, tmp_path):
-    slow = flags | {"num_samples": 400, "shard_size": 40, "out_dir": tmp_path / "slow", "grace": 60}
-    process = subprocess.Popen(
-        [sys.executable, *command(slow)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    shards = tmp_path / "slow" / "shards"
-    while not (shards / "shard_000000.npz").exists():
-        time.sleep(0.02)
-        assert process.poll() is None
-    there = len(list(shards.glob("shard_*.npz")))
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    # One more, or two if one was finished while the signal was on its way.
-    assert there + 1 <= len(list(shards.glob("shard_*.npz"))) <= there + 2
+def test_a_second_ctrl_c_ends_at_once_also_during_grace(monkeypatch):
+    """One that a launcher passes on right after the first is no second one; SIGTERM comes as often as it likes."""
+    now = 100.0
+    monkeypatch.setattr("guided_diffusion.runs.progress.time.monotonic", lambda: now)
+    signals = Signals(60, Job(), "stopped")
+    with signals.handled():
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 0.1
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 10
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.stop_if_asked(shard_is_done=False)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(SystemExit) as stop:
+            signals.stop_if_asked(shard_is_done=True)
+    assert stop.value.code == 130
+
+
+@pytest.mark.parametrize(("grace", "whole"), [(0, 1), (60, 2)])
+def test_grace_lets_the_shard_in_hand_be_finished(flags, grace, whole):
+    def watch(indices, *_):
+        if indices[0] == 4:  # in the second shard
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        run_watched(flags | {"grace": grace}, watch)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert len(list((flags["out_dir"] / "shards").glob("shard_*.npz"))) == whole
 
 
 def test_ranks_of_mpi_make_the_same_file(flags, tmp_path):

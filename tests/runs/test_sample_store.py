@@ -1,8 +1,10 @@
 """The store: whole shards or none, damage noticed, other settings refused, merging by streams."""
 
+import hashlib
 import io
 import json
 import os
+import stat
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from guided_diffusion.runs.identity import distinct, what_differs
+from guided_diffusion.runs.ranks import jobs
 from guided_diffusion.runs.sample_store import SampleStore, Shard, batches
-from guided_diffusion.runs.shards import DamagedError
+from guided_diffusion.runs.shards import DamagedError, Made
 from guided_diffusion.storage.files import join, read_arrays, write_atomically
 
 RANDOM = np.random.RandomState(0)
 IMAGES = RANDOM.randint(0, 256, (10, 4, 4, 3)).astype(np.uint8)
 LABELS = RANDOM.randint(0, 5, 10)
+CPU = {"device": "cpu", "dtype": "float32", "versions": {"torch": "2.0"}}
+GPU = CPU | {"device": "A GPU", "versions": {"torch": "2.1"}}
 
 
 @pytest.fixture
@@ -24,10 +30,10 @@ def store(tmp_path):
     return SampleStore(str(tmp_path / "run"), {"seed": 3, "sigma": 1.5}, 10, 4, (4, 4, 3), labelled=True)
 
 
-def fill(store, numbers=None):
+def fill(store, numbers=None, made_by=CPU):
     for number in store.shards if numbers is None else numbers:
         indices = list(store.indices(number))
-        store.write(number, Shard(IMAGES[indices], LABELS[indices], evaluations=float(number)))
+        store.write(number, Shard(IMAGES[indices], LABELS[indices], evaluations=float(number)), made_by)
 
 
 def test_shards_cover_the_samples(store):
@@ -39,7 +45,7 @@ def test_what_is_written_is_read_and_merged(store):
     assert store.missing() == [0, 1, 2]
     fill(store)
     assert store.missing() == []
-    assert store.merge() == pytest.approx((4 * 0 + 4 * 1 + 2 * 2) / 10)
+    assert store.merge() == [Made(4, 0.0, CPU), Made(4, 1.0, CPU), Made(2, 2.0, CPU)]
     with np.load(store.samples_path) as file:
         assert np.array_equal(file["arr_0"], IMAGES)
         assert np.array_equal(file["arr_1"], LABELS)
@@ -60,7 +66,7 @@ def test_the_merged_file_depends_on_nothing_but_the_samples(store):
 def test_samples_without_labels(tmp_path):
     store = SampleStore(str(tmp_path), {}, 10, 4, (4, 4, 3), labelled=False)
     for number in store.shards:
-        store.write(number, Shard(IMAGES[list(store.indices(number))], None, 1.0))
+        store.write(number, Shard(IMAGES[list(store.indices(number))], None, 1.0), CPU)
     store.merge()
     with np.load(store.samples_path) as file:
         assert file.files == ["arr_0"]
@@ -214,6 +220,25 @@ def test_a_remote_file_is_uploaded_whole(monkeypatch):
     assert len(copies) == 1
 
 
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename must not leave a file of the name without its contents."""
+    events, replace_file = [], os.replace
+
+    def fsync(descriptor):
+        found = os.fstat(descriptor)
+        events.append("folder is synced" if stat.S_ISDIR(found.st_mode) else f"{found.st_size} bytes are synced")
+
+    def renamed(source, target):
+        events.append(f"{Path(target).name} has {Path(source).stat().st_size} bytes")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_atomically(tmp_path / "x", lambda file: file.write(b"abc"))
+    in_order = ["3 bytes are synced", "x has 3 bytes", *(["folder is synced"] if hasattr(os, "O_DIRECTORY") else [])]
+    assert events == in_order
+
+
 def test_the_manifest_tells_how_samples_were_made(store):
     store.write_manifest({"guidance": "off"})
     manifest = json.loads(Path(store.manifest_path).read_text())
@@ -234,3 +259,63 @@ def test_clearing_leaves_nothing_of_an_earlier_run_and_all_that_is_not_of_one(st
     store.clear()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(of_others)
     store.clear()
+
+
+def test_shards_know_who_made_them_and_what_differs_is_said(store):
+    fill(store, [0, 2], CPU)
+    fill(store, [1], GPU)
+    makers = distinct((made.samples, made.by) for made in store.merge())
+    assert makers == [CPU | {"samples": 6}, GPU | {"samples": 4}]
+    assert what_differs(makers).endswith("rounding only: device cpu (6), A GPU (4); torch 2.0 (6), 2.1 (4).")
+    assert what_differs(makers[:1]) == ""
+    assert "device not known (6), A GPU (4)" in what_differs([{"samples": 6, "versions": 3}, GPU | {"samples": 4}])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_description_of_a_training_is_not_overwritten(store, overwrite):
+    config = Path(store.folder) / "config.yaml"
+    config.parent.mkdir()
+    config.write_text("image_size: 4")
+    with pytest.raises(ValueError, match=r"config.yaml is not of a run of samples, .* give another --out_dir"):
+        (store.clear if overwrite else store.check)()
+    assert config.read_text() == "image_size: 4"
+
+
+def test_a_job_that_is_started_again_is_known_by_its_name(store, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    store.write_manifest({"begun_by": jobs()})
+    assert not store.begun_by_this_job()  # by hand, inside the same job
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert not store.begun_by_this_job()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert store.begun_by_this_job()
+    assert not replace(store, identity={"seed": 4}).begun_by_this_job()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert not store.begun_by_this_job()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    store.write_manifest({"begun_by": jobs()})
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert not store.begun_by_this_job()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert store.begun_by_this_job()
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    store.write_manifest({"begun_by": jobs()})
+    assert store.begun_by_this_job()
+    monkeypatch.setattr(os, "getppid", lambda: -1)  # another torchrun without a name
+    assert not store.begun_by_this_job()
+
+
+def test_a_manifest_is_json_and_infinity_the_same_setting_as_before(store):
+    infinite = replace(store, identity={"seed": 3, "sigma": float("inf")})
+    fill(infinite)
+    infinite.write_manifest({})
+    text = Path(store.manifest_path).read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["identity"] == {"seed": 3, "sigma": "inf"}
+    assert infinite.check() == ""
+    Path(store.manifest_path).write_text(text.replace('"inf"', "Infinity"))  # as older versions wrote it
+    assert infinite.check() == ""
+    assert infinite.missing() == []
+    assert infinite.hash == hashlib.sha256(b'{"seed": 3, "sigma": Infinity}').hexdigest()
+    with pytest.raises(ValueError, match=r"sigma was 'inf', is 1\.5"):
+        store.check()

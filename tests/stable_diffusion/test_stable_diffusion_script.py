@@ -59,7 +59,7 @@ def test_what_a_run_writes(flags, capsys):
         "DDIMScheduler, 2 network calls; classifier-free guidance: 7.5; self-attention guidance: s = 0.75, ψ = 1, "
         "σ = 1 in eps, 2 of 2 calls"
     )
-    assert set(manifest["versions"]) >= {"diffusers", "transformers"}
+    assert set(manifest["made_by"][0]["versions"]) >= {"diffusers", "transformers"}
     # The same folder again makes nothing; more images go into it; its own configuration repeats it.
     capsys.readouterr()
     run(SCRIPT, **flags | {"compare": 0})

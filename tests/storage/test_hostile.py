@@ -18,6 +18,7 @@ from guided_diffusion.settings.guidance import GuidanceConfig
 from guided_diffusion.settings.model import NetworkConfig
 from guided_diffusion.settings.options import merge, read_yaml
 from guided_diffusion.storage.checkpoints import load_state_dict
+from guided_diffusion.storage.files import json_text
 from guided_diffusion.storage.given_images import GivenImages
 
 STATE = {"weight": torch.arange(40.0).reshape(8, 5), "bias": torch.ones(8)}
@@ -210,3 +211,11 @@ def test_mutated_manifests(tmp_path):
     for seed in range(60):
         said = refused_or(path, mutate(data, seed), lambda _: store.check())
         assert said in ("", None) or "damaged" in said
+
+
+def test_json_of_numbers_that_are_not_finite_is_json():
+    given = {"σ": float("inf"), "of": [-float("inf"), (float("nan"), 1.5)], "value": np.float64("inf"), "n": 3}
+    text = json_text(given)
+    assert text.isascii()
+    wanted = {"σ": "inf", "of": ["-inf", [None, 1.5]], "value": "inf", "n": 3}
+    assert json.loads(text, parse_constant=pytest.fail) == wanted

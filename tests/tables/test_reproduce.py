@@ -115,7 +115,9 @@ def test_report_shows_published_and_measured(ran):
     ]
     assert "unknown" in cells
     assert "not run: there is no such network" in text
-    assert "4 of 6 rows measured" in text
+    assert "3 of 5 rows measured (1 more show the numbers of another)." in text
+    assert "; N is 7, not 50000 (1 of 3 rows); " in text
+    assert "; N is 5, not 50000 (2 of 3 rows)" in text
     assert "## Strength s" in text
 
 
@@ -260,7 +262,18 @@ def test_two_commands_in_one_folder_keep_each_others_rows(ran, tmp_path, monkeyp
     monkeypatch.setattr("guided_diffusion.tables.rows.measure", measure)
     run("reproduce", ran[1], rows="on", out_dir=folder)
     assert {name for name, row in rows_of(folder).items() if row["metrics"]} == {"off", "on", "again"}
-    assert "3 of 6 rows measured" in (folder / "report.md").read_text()
+    assert "2 of 5 rows measured" in (folder / "report.md").read_text()
+
+
+def test_rows_that_were_not_made_alike_are_said_to_be(ran, tmp_path):
+    plan = read_plan(ran[1])
+    makers = {"off": {"device": "cpu", "samples": 7}, "on": {"device": "A GPU", "samples": 5}}
+    done = {row.name: some_result(row) | {"made_by": [makers[row.name]]} for row in plan.rows[:2]}
+    results.write(tmp_path, plan, done, torch.device("cpu"))
+    assert "Not all samples were made alike" in (tmp_path / "report.md").read_text()
+    assert "device cpu (7), A GPU (5)." in (tmp_path / "report.md").read_text()
+    assert rows_of(ran[0])["off"]["made_by"][0]["samples"] == 7
+    assert "made alike" not in (ran[0] / "report.md").read_text()
 
 
 def test_results_are_written_one_after_the_other(ran, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from guided_diffusion.commands import classifier_train
+from guided_diffusion.diffusion.noise import choice
 from guided_diffusion.diffusion.process import ForwardProcess, get_named_beta_schedule
 from guided_diffusion.networks.building import build_classifier
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
@@ -132,6 +134,9 @@ def test_the_script_leaves_what_a_sampler_needs(folders, tmp_path, capsys):
     accuracy = json.loads((folders["out_dir"] / "accuracy.json").read_text())
     assert accuracy["t"] == list(range(0, 1000, 100))
     assert all(len(accuracy[str(folders[key])]) == 10 for key in ("data_dir", "val_data_dir"))
+    assert accuracy["images"] == {str(folders[key]): 8 for key in ("data_dir", "val_data_dir")}
+    said = capsys.readouterr().out
+    assert said.index("the weights are") < said.index("accuracy at t") < said.index("held_out (N = 8): ")
     network = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "class_cond": True, "num_classes": 2}
     model, _ = create_model_and_diffusion(**network, image_size=16)
     torch.save(model.state_dict(), tmp_path / "network.pt")
@@ -141,6 +146,40 @@ def test_the_script_leaves_what_a_sampler_needs(folders, tmp_path, capsys):
         out_dir=tmp_path / "out", **network,
     )  # fmt: skip
     assert "classifier guidance: scale 1" in capsys.readouterr().err
+
+
+def test_validation_sees_the_middle_of_pictures_that_training_crops(folders, monkeypatch):
+    """The crop of a training picture is random, that of a picture to validate on is none, as upstream."""
+    seen = {}
+
+    def load_data(data_dir, random_crop, **_):
+        seen[data_dir] = random_crop
+        return data(0)
+
+    monkeypatch.setattr("guided_diffusion.training.run.load_data", load_data)
+    run("classifier_train", **folders, **SIZES)
+    assert seen == {str(folders["data_dir"]): True, str(folders["val_data_dir"]): False}
+
+
+def test_accuracy_is_of_so_many_pictures_at_most(folders, monkeypatch):
+    monkeypatch.setattr(classifier_train, "MOST_IMAGES", 5)
+    monkeypatch.setattr(classifier_train, "IMAGES_AT_A_TIME", 2)
+    loop = loop_of(folders["out_dir"])
+    seen = []
+
+    def right(_network, _process, images, _labels, steps, _draws, seed):
+        seen.append(images)
+        return [float(seed == 0)] * len(steps)
+
+    monkeypatch.setattr(classifier_train, "accuracy_by_noise", right)
+    folder = str(folders["data_dir"])
+    found = classifier_train.accuracies(loop, [folder], 16, seed=3)
+    assert found["images"] == {folder: 5}
+    assert found[folder] == [0.4] * 10  # of the first two of five
+    files = sorted(folders["data_dir"].iterdir())
+    wanted = np.stack([np.asarray(Image.open(files[i])) for i in choice(3, 8)[:5]])
+    pixels = ((torch.cat(seen).permute(0, 2, 3, 1) + 1) * 127.5).round().numpy()
+    assert np.array_equal(pixels, wanted)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings.training import TrainingConfig
 from guided_diffusion.storage.checkpoints import load_state_dict
 from guided_diffusion.training.loop import TrainLoop
+from guided_diffusion.training.run import run
 from guided_diffusion.training.schedule_sampler import LossSecondMomentSampler, UniformSampler
 from trainings import IMAGES, assert_same, cut, gradients, log_of, loop_of, step_of
 
@@ -78,6 +79,38 @@ def test_microbatches_have_the_gradient_of_the_batch(tmp_path):
         step_of(loop)
     assert parts.first_loss == pytest.approx(whole.first_loss, rel=1e-5)
     torch.testing.assert_close(gradients(parts), gradients(whole), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("microbatch", [-1, 3])
+def test_each_row_is_learned_from_by_the_weight_of_its_step(tmp_path, microbatch):
+    def gradients_of(*weights):
+        loop = loop_of(tmp_path / str(weights), microbatch=microbatch)
+        sample = loop.schedule_sampler.sample
+        loop.schedule_sampler.sample = lambda uniform: (sample(uniform)[0], torch.tensor(weights))
+        step_of(loop)
+        return torch.cat([gradient.flatten() for gradient in gradients(loop)])
+
+    first, last, both = gradients_of(2.0, 0, 0, 0), gradients_of(0, 0, 0, 0.5), gradients_of(1.0, 0, 0, 1.0)
+    assert first.norm() > 0.1
+    torch.testing.assert_close(0.5 * first + 2 * last, both, atol=1e-6, rtol=1e-4)
+
+
+def test_the_learning_rate_rises_and_falls_step_by_step(tmp_path):
+    """Half of the rise at the first of two steps; of the fall over five, the last step has a fifth."""
+    loop, rates = loop_of(tmp_path, lr=1.0, lr_warmup_steps=2, lr_anneal_steps=5, batch_size=1), []
+    loop.network.requires_grad_(False)
+    loop.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    weight = torch.ones((), requires_grad=True)
+    loop._losses = lambda rows: ({"loss": weight.expand(len(rows)).detach()}, weight.expand(len(rows)))
+    loop.run()
+    assert rates == pytest.approx([0.5, 0.8, 0.6, 0.4, 0.2])
+    assert [TrainingConfig(lr=3.0, lr_warmup_steps=3).learning_rate(step) for step in (0, 1, 2, 3, 99)] == [
+        1,
+        2,
+        3,
+        3,
+        3,
+    ]
 
 
 def test_snr_weights(tmp_path):
@@ -236,6 +269,18 @@ def test_a_signal_ends_the_run_after_its_step_and_saves(tmp_path, number):
     assert loop_of(tmp_path, data=data).run() == number
     assert signal.getsignal(number) is handler
     assert loop_of(tmp_path).step == 2
+
+
+def test_a_training_without_an_end_says_so(tmp_path, capsys):
+    def data(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from cut(IMAGES)(step)
+
+    with pytest.raises(SystemExit):
+        run(loop_of(tmp_path / "endless", data=data))
+    assert "no end (--lr_anneal_steps 0): it trains until Ctrl-C or SIGTERM" in capsys.readouterr().out
+    run(loop_of(tmp_path / "ended", lr_anneal_steps=1))
+    assert "no end" not in capsys.readouterr().out
 
 
 def test_loss_second_moment_sampler_prefers_large_losses_without_bias():

@@ -11,6 +11,7 @@ from guided_diffusion.storage.checkpoints import save_atomically
 from guided_diffusion.training.draws import Draws
 from guided_diffusion.training.log import ProgressFile, TrainingLog
 from guided_diffusion.training.resume import prune
+from guided_diffusion.training.run import write_description
 from trainings import assert_same, log_of, loop_of, step_of
 
 
@@ -195,3 +196,11 @@ def test_weights_of_another_network_or_of_a_later_step_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "model000010.pt")
     with pytest.raises(ValueError, match=r"resume_checkpoint: .*: another network than the flags describe; tensors: "):
         loop_of(tmp_path / "run", resume_checkpoint=str(tmp_path / "model000010.pt"))
+
+
+def test_the_folder_of_a_run_of_samples_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("seed: 3")
+    with pytest.raises(ValueError, match=r"holds samples of a run and its config\.yaml; give training another folder"):
+        write_description(str(tmp_path), {"image_size": 16}, ["a"])
+    assert (tmp_path / "config.yaml").read_text() == "seed: 3"

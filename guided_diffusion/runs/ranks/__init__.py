@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,6 +39,15 @@ ABORT_S = 5
 
 KILLED = "error: a rank was killed or failed, so the launcher ended the job; the same command goes on"
 
+RESTARTS = {
+    "SLURM_JOB_ID": "SLURM_RESTART_COUNT",
+    "LSB_JOBID": "LSB_RESTART",
+    "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT",
+}
+"""Where Slurm, LSF and torchrun tell the name of a job, the same at every start, and whether it was started again."""
+
+T = TypeVar("T")
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
@@ -61,6 +71,17 @@ def launcher() -> str:
     if set(TORCHRUN_VARIABLES) <= os.environ.keys():
         return "torchrun"
     return "mpi" if any(name in os.environ for name in MPI_VARIABLES) else ""
+
+
+def jobs(started_again: bool = False) -> list[str]:
+    """The names of the jobs that this process belongs to; started_again: of those that were started before."""
+    agent = f"{socket.gethostname()} {os.getppid()}"  # a torchrun without a name of its own calls itself none
+    return [
+        f"{name} {agent if os.environ[name] == 'none' else os.environ[name]}"
+        for name, restarts in RESTARTS.items()
+        if name in os.environ
+        and not (started_again and not _job.started_again and os.environ.get(restarts, "0") in ("", "0", "N"))
+    ]
 
 
 def rank_told() -> int:
@@ -237,6 +258,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        _take_any_text()
         try:
             main()
             if _job.lost and _mpi is not None:
@@ -247,6 +269,13 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             _end(error)
 
     return run
+
+
+def _take_any_text() -> None:
+    """Write as escapes what the encoding of the output lacks, where it would be an error after all the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _end(error: BaseException) -> None:

@@ -54,7 +54,8 @@ class Job:
     """This process among those of its job, and the counters and texts that they share.
 
     store: a TCPStore, of a process alone its own. where: the store's host and port. patience: seconds that a rank may
-    show no sign of life; None: 60, and no work for 20 of its longest steps. lost: the ranks that rank 0 ended without.
+    show no sign of life; None: 60, and no work for 20 of its longest steps. lost: the ranks that rank 0 ended without. started_again: whether
+    rank 0 found an earlier run in the store.
     """
 
     rank: int = 0
@@ -65,6 +66,7 @@ class Job:
     where: str = ""
     patience: float | None = None
     lost: set[int] = field(default_factory=set)
+    started_again: bool = False
 
     def __post_init__(self):
         self._name = f"{self.rank}:{secrets.token_hex(4)}"  # a rank that is started again is another process
@@ -95,7 +97,8 @@ class Job:
         """
         whole = self.store
         if self.rank == 0:
-            self.store = dist.PrefixStore(f"run/{self.add('runs')}", whole)
+            run = self.add("runs")
+            self.store, self.started_again = dist.PrefixStore(f"run/{run}", whole), run > 1
             return
         first, shown, until = None, {}, time.monotonic() + wait_s
         while time.monotonic() < until:
