@@ -46,8 +46,6 @@ RESTARTS = {
 }
 """Where Slurm, LSF and torchrun tell the name of a job, the same at every start, and whether it was started again."""
 
-T = TypeVar("T")
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 

@@ -54,8 +54,8 @@ class Job:
     """This process among those of its job, and the counters and texts that they share.
 
     store: a TCPStore, of a process alone its own. where: the store's host and port. patience: seconds that a rank may
-    show no sign of life; None: 60, and no work for 20 of its longest steps. lost: the ranks that rank 0 ended without. started_again: whether
-    rank 0 found an earlier run in the store.
+    show no sign of life; None: 60, and no work for 20 of its longest steps. lost: the ranks that rank 0 ended without.
+    started_again: whether rank 0 found an earlier run in the store.
     """
 
     rank: int = 0
