@@ -15,7 +15,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -192,14 +193,24 @@ def _start_mpi() -> Job:
 def _guard() -> None:
     """Leave a shell behind that says so if this process is killed: MPI's launcher does that if one rank is lost."""
     global _guarding
-    with contextlib.suppress(OSError):  # no shell here
+    with contextlib.suppress(OSError), _stderr_of_launcher() as said_to:  # no shell here
         _guarding = subprocess.Popen(
-            ["sh", "-c", f"read -r told || echo '{KILLED}' >&2"],
+            ["sh", "-c", f"read -r told || {{ sleep 0.3; echo '{KILLED}' >&2; }}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            stderr=said_to,
             start_new_session=True,  # out of the launcher's reach
         )
         atexit.register(_tell_guard)
+
+
+def _stderr_of_launcher() -> BinaryIO:
+    """Where the launcher itself writes to, as it does not pass on any more what a killed rank says; else our own."""
+    try:
+        launcher = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1]
+        return open(f"/proc/{launcher}/fd/2", "ab")
+    except (OSError, IndexError):
+        return os.fdopen(os.dup(2), "ab")
 
 
 def _tell_guard() -> None:
