@@ -342,7 +342,7 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
                 worked = time.monotonic()
                 return False
             # torchrun waits 5 minutes for a lost machine, when its own workers have ended well
-            waited = result(out) is not None and time.monotonic() - worked > 10
+            waited = result(out) is not None and time.monotonic() - worked > 4
             return waited or all(hosts.ended(name) for name in left)
 
         in_time = until(ended)

@@ -235,6 +235,7 @@ class Job:
         Rank 0 leaves without those that are `lost`, and says so.
         """
         self.share(key)
+        self.lost = set()
         if self.rank:
             self._ask(self.store.append, f"{key}/left", f"{self.rank} ")
             return
