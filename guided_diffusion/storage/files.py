@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -83,6 +84,8 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{folder}: another run is writing here; give another --out_dir") from None
+    except NotImplementedError:
+        sys.stderr.write(f"{folder}: this file system has no locks, so that nobody keeps a second run out\n")
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ def quickly(monkeypatch):
     """Looks and signs ten times as often."""
     monkeypatch.setattr(of_jobs, "LOOK_S", 0.1)
     monkeypatch.setattr(of_jobs, "POLL_S", 0.02)
+    monkeypatch.setattr(of_jobs, "LEAST_S", 1)
 
 
 def nothing():
@@ -117,7 +118,7 @@ def test_a_rank_that_waits_ends_when_rank_0_shows_no_life(monkeypatch):
 
 def test_a_rank_ends_when_rank_0_lives_but_hangs(monkeypatch):
     quickly(monkeypatch)
-    monkeypatch.setattr(of_jobs, "HUNG", 2)
+    monkeypatch.setattr(of_jobs, "HUNG_S", 2)
     first, other = two()
     first.show_life()
     hung = first.turns("key", ["a"], nothing)
@@ -140,7 +141,8 @@ class _Stuck:
 
 
 @pytest.mark.parametrize(("gone", "trouble"), [(True, "is gone"), (False, "has not answered for 1 s")])
-def test_a_rank_ends_when_the_store_is_lost(gone, trouble):
+def test_a_rank_ends_when_the_store_is_lost(monkeypatch, gone, trouble):
+    quickly(monkeypatch)
     with pytest.raises(Lost) as end:
         Job(1, 2, store=_Stuck(gone), where="10.0.0.1:5", patience=1.0).add("steps")
     assert f"rank 1: the job's store at 10.0.0.1:5 {trouble}: rank 0 ended" in end.value.message

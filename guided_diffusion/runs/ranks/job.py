@@ -27,8 +27,11 @@ PATIENCE_S = 60.0
 PATIENCE_STEPS = 20
 """How long a rank may show no life, in seconds, and no work, in its longest steps, where no patience is given."""
 
-HUNG = 10
-"""After how many times this patience rank 0 is lost to the others, where it lives but does not get on."""
+LEAST_S = 10.0
+"""The least patience with rank 0 and the store, without which a rank ends."""
+
+HUNG_S = 1800.0
+"""After how many seconds without work rank 0 is lost to the others though it lives, where its steps are short."""
 
 
 class Lost(SystemExit):
@@ -114,7 +117,7 @@ class Job:
         """What the store answers; `Lost` if it does not."""
         if self.size == 1:
             return operation(*arguments)
-        patience = self.patience or PATIENCE_S
+        patience = self._patience_with_rank_0
         try:
             # In a thread, as an answer that was lost on its way is waited for without end.
             return self._line.submit(operation, *arguments).result(patience)
@@ -139,7 +142,9 @@ class Job:
         Where a rank works for others, this is the sign that its work gets on: every step adds to one.
         """
         self._get_on()
-        return self._ask(self.store.add, counter, amount)
+        total = self._ask(self.store.add, counter, amount)
+        self._moved_at = time.monotonic()  # a link that was down makes no long step
+        return total
 
     def _get_on(self) -> None:
         now = time.monotonic()
@@ -192,7 +197,7 @@ class Job:
         rank = int(taker.partition(":")[0] or -1)  # none where a rank was lost just when it took it
         seen = self._look(rank)
         restarted = seen.shown[0] not in ("", taker)
-        if rank == self.rank or not (restarted or seen.without_work > self._patience_with(seen)):
+        if not (restarted or seen.without_work > self._patience_with(seen)):
             return False
         if self._ask(self.store.compare_set, key, taker, self._name).decode() != self._name:
             return False
@@ -213,10 +218,18 @@ class Job:
             seen.shown = shown
         return seen
 
+    def _long_steps(self, seen: _Seen) -> float:
+        """So many seconds as many of the longest steps take that this rank or another has seen."""
+        return PATIENCE_STEPS * max(self._longest, float(seen.shown[3]))
+
     def _patience_with(self, seen: _Seen) -> float:
-        """How many seconds without work this rank waits for another, by the longest step that either has seen."""
-        longest = max(self._longest, float(seen.shown[3]))
-        return self.patience or max(PATIENCE_S, PATIENCE_STEPS * longest)
+        """How many seconds without work this rank waits for another."""
+        return self.patience or max(PATIENCE_S, self._long_steps(seen))
+
+    @property
+    def _patience_with_rank_0(self) -> float:
+        """How many seconds without life this rank waits for rank 0."""
+        return max(LEAST_S, self.patience or PATIENCE_S)
 
     def _rest(self) -> None:
         """Wait a little for rank 0; `Lost` if it is not there any more."""
@@ -224,9 +237,9 @@ class Job:
         if self.rank == 0:
             return
         seen = self._look(0)
-        if seen.without_life > (self.patience or PATIENCE_S):
+        if seen.without_life > self._patience_with_rank_0:
             raise Lost(f"rank {self.rank}: rank 0 has shown no sign of life for {seen.without_life:.0f} s")
-        if seen.without_work > HUNG * self._patience_with(seen):
+        if seen.without_work > max(HUNG_S, self._long_steps(seen)):
             raise Lost(f"rank {self.rank}: rank 0 lives, but has shown no work for {seen.without_work:.0f} s")
 
     def leave_together(self, key: str) -> None:
