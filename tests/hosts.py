@@ -357,7 +357,8 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
     made = result(out)
     wrong = made is not None and made != whole
     unheard = fault is store_lost and launch is Hosts.mpiexec  # what a terminal would show is lost with its machine
-    well = in_time and not wrong and (made is not None or bool(sentences) or unheard) and not tracebacks
+    refused = 0 not in codes and (bool(sentences) or unheard)
+    well = in_time and not wrong and (made is not None or refused) and not tracebacks
     resumed = "not needed"
     if made is None:
         again = alone(flags, out)

@@ -170,3 +170,13 @@ def test_all_ranks_enter_the_run_whose_rank_0_lives(monkeypatch):
     later = Job(1, 2, store=store)
     later.join(5)
     assert later.share("text") == "new"
+
+
+def test_rank_0_meets_all_or_says_who_did_not_come(monkeypatch):
+    quickly(monkeypatch)
+    first, other = two()
+    with pytest.raises(Lost) as end:
+        first.meet("group", 0.1)
+    assert end.value.message.startswith("rank 1 did not come within 0.1 s")
+    other.meet("group", 0.1)
+    first.meet("group", 0.1)

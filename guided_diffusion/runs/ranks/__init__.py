@@ -227,6 +227,8 @@ def start_process_group(job: Job, device: torch.device, name: str) -> None:
     """
     if dist.is_initialized():
         return
+    # While gloo makes a group, no other thread runs.
+    job.meet(name, START_S)
     # NCCL refuses two ranks on one GPU.
     own_gpu = device.type == "cuda" and job.local_size <= torch.cuda.device_count()
     dist.init_process_group(

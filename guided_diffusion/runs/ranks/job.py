@@ -113,6 +113,15 @@ class Job:
             time.sleep(POLL_S)
         raise Lost(f"rank {self.rank}: rank 0 did not show itself at {self.where} for {wait_s:g} s")
 
+    def meet(self, key: str, wait_s: float) -> None:
+        """Hold rank 0 until all ranks have entered the run, which they could not while it shows no life."""
+        self._ask(self.store.append, f"{key}/here", f"{self.rank} ")
+        until = time.monotonic() + wait_s
+        while self.rank == 0 and (absent := set(range(self.size)) - self._listed(f"{key}/here")):
+            if time.monotonic() > until:
+                raise Lost(f"rank {', '.join(map(str, sorted(absent)))} did not come within {wait_s:g} s")
+            time.sleep(POLL_S)
+
     def _ask(self, operation: Callable[..., T], *arguments: Any) -> T:
         """What the store answers; `Lost` if it does not."""
         if self.size == 1:
