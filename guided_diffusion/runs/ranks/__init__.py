@@ -75,12 +75,13 @@ def launcher() -> str:
 def jobs(started_again: bool = False) -> list[str]:
     """The names of the jobs that this process belongs to; started_again: of those that were started before."""
     agent = f"{socket.gethostname()} {os.getppid()}"  # a torchrun without a name of its own calls itself none
-    return [
-        f"{name} {agent if os.environ[name] == 'none' else os.environ[name]}"
-        for name, restarts in RESTARTS.items()
-        if name in os.environ
-        and not (started_again and not _job.started_again and os.environ.get(restarts, "0") in ("", "0", "N"))
-    ]
+    found = {name: restarts for name, restarts in RESTARTS.items() if name in os.environ}
+    if started_again:
+        # torchrun's count is that of rank 0's machine alone; the store knows of all restarts.
+        by_store = {"TORCHELASTIC_RUN_ID"} if _job.started_again else set()
+        again = {name for name in found if os.environ.get(found[name], "0") not in ("", "0", "N")} | by_store
+        found = {name: found[name] for name in found if name in again}
+    return [f"{name} {agent if os.environ[name] == 'none' else os.environ[name]}" for name in found]
 
 
 def rank_told() -> int:
