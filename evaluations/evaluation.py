@@ -1,12 +1,14 @@
 """The metrics of samples against a reference, from their features: what can be computed, and how sure it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from evaluations.features import FeatureRows, ImageFeatures
+from evaluations.measured import Measured, of_influence, of_parts, of_share, wilson
 from evaluations.moments import (
     FrechetDistance,
     Gaussian,
@@ -15,13 +17,22 @@ from evaluations.moments import (
     frechet_influence,
     frechet_jackknife,
 )
-from evaluations.neighbours import Distances, Neighbours, neighbours
-from evaluations.scores import SPLIT, Measured, frechet_infinity, inception_score, kernel_distance
+from evaluations.neighbours import KEPT, Distances, Parts, neighbours
+from evaluations.scores import (
+    SPLIT,
+    class_distance,
+    frechet_infinity,
+    inception_score,
+    kernel_distance,
+    sliced_distance,
+)
 from evaluations.sources import Source
 
 MANIFOLD = ("precision", "recall")
-EXTENDED = ("kid", "fid_infinity", "density", "coverage", "copies", "inception_score_shuffled")
-OF_BOTH = {*MANIFOLD, "kid", "density", "coverage", "copies"}
+WIDE = ("density", "coverage", "copies")
+EXTENDED = ("kid", "mind", "fid_infinity", *WIDE, "class_distance", "inception_score_shuffled")
+OF_INCEPTION = ("fid_infinity", "class_distance", "inception_score_shuffled")
+OF_BOTH = {*MANIFOLD, *WIDE, "kid", "mind", "class_distance"}
 """Metrics that compare images with images: statistics alone do not do."""
 JACKKNIFED = 128
 """Fewer samples than dimensions, and no more than these: their distance's error is found by leaving one out."""
@@ -65,7 +76,7 @@ def metric_names(distance: str, extended: bool) -> list[str]:
     """All metrics there are for a feature network whose Fréchet distance is called `distance`."""
     inception = distance == "fid"
     names = [distance, *(["sfid", "inception_score"] if inception else []), *MANIFOLD]
-    more = [name for name in EXTENDED if inception or not name.startswith(("fid", "inception"))]
+    more = [name for name in EXTENDED if inception or name not in OF_INCEPTION]
     return names + (more if extended else [])
 
 
@@ -82,7 +93,7 @@ def why_not(metric: str, reference: Source, samples: Source) -> str:
     smallest = min(n, len(reference.images)) if reference.images else n
     if metric in MANIFOLD and smallest <= NEIGHBOURS_K:
         return f"it needs {NEIGHBOURS_K + 1} images or more on both sides, got {smallest}"
-    if metric in ("density", "coverage", "copies") and smallest <= EXTENDED_K:
+    if metric in WIDE and smallest <= EXTENDED_K:
         return f"it needs {EXTENDED_K + 1} images or more on both sides, got {smallest}"
     return ""
 
@@ -111,51 +122,77 @@ def evaluate(
         except ValueError as error:
             result.missing["fid_infinity"] = str(error)
     if "inception_score" in wanted:
-        result.metrics["inception_score"] = inception_score(samples.rows("logits").blocks(), len(pool))
+        result.metrics["inception_score"] = inception_score(samples.rows("logits"))
     if "inception_score_shuffled" in wanted:
         order = np.random.default_rng(seed).permutation(len(pool))
-        result.metrics["inception_score_shuffled"] = inception_score(samples.rows("logits").blocks(), len(pool), order)
+        result.metrics["inception_score_shuffled"] = inception_score(samples.rows("logits"), order)
+    if "class_distance" in wanted:
+        result.metrics["class_distance"] = class_distance(samples.rows("logits"), reference.rows("logits"))
     if "kid" in wanted:
         result.metrics["kid"] = kernel_distance(pool, reference.rows("pool"), device)
-    if set(wanted) & {*MANIFOLD, "density", "coverage", "copies"}:
-        wide = EXTENDED_K if set(wanted) & {"density", "coverage", "copies"} else None
-        result.metrics |= _manifold(reference.rows("pool"), pool, wide, half, device)
+    if "mind" in wanted:
+        result.metrics["mind"] = sliced_distance(pool, reference.rows("pool"), device, seed)
+    if set(wanted) & {*MANIFOLD, *WIDE}:
+        result.metrics |= _manifold(reference.rows("pool"), pool, bool(set(wanted) & set(WIDE)), half, device)
     return result
+
+
+def difference(first: Evaluation, second: Evaluation) -> dict[str, Measured]:
+    """Metrics of the first minus those of the second, whose samples are paired, with the errors of the differences."""
+    both = [name for name in first.metrics if name in second.metrics]
+    return {name: first.metrics[name].minus(second.metrics[name]) for name in both}
 
 
 def _frechet(reference: Side, samples: Side, feature: str) -> tuple[Measured, FrechetDistance]:
     theirs, ours = reference.gaussian(feature), samples.gaussian(feature)
-    distance, error = frechet_distance(ours, theirs), None
+    distance, deviations = frechet_distance(ours, theirs), None
     rows = samples.rows(feature)
     if rows is not None and 2 < len(rows) <= JACKKNIFED and ours.factor is not None:
-        error = frechet_jackknife(rows[:].numpy(), theirs)
-    elif rows is not None and ours.factor is None:
-        influence = frechet_influence(ours, theirs)
-        if influence:
-            values = np.concatenate([influence(block.numpy()) for block in rows.blocks()])
-            error = float(values.std(ddof=1) / len(values) ** 0.5)
-    return Measured(distance.value, error), distance
+        deviations = frechet_jackknife(rows[:].numpy(), theirs)
+    elif rows is not None and (influence := frechet_influence(ours, theirs)):
+        deviations = of_influence(np.concatenate([influence(block.numpy()) for block in rows.blocks()]))
+    return Measured(distance.value, deviations), distance
 
 
 def _manifold(
-    reference: FeatureRows, samples: FeatureRows, wide: int | None, half: bool, device: torch.device
+    reference: FeatureRows, samples: FeatureRows, wide: bool, half: bool, device: torch.device
 ) -> dict[str, Measured]:
+    """Shares by name; errors of sums over samples sample by sample, of recall and coverage by parts of the samples."""
     centre = sum(block.sum(dim=0) for block in reference.blocks()) / len(reference)
-    n, m = len(samples), len(reference)
-    found = neighbours(reference, samples, Distances(half, centre, device), NEIGHBOURS_K)
-    if wide is not None:
-        found = _with_wide(found, neighbours(reference, samples, Distances(False, centre, device), NEIGHBOURS_K, wide))
-    counted = {"precision": n, "recall": m, "coverage": m, "copies": n}
-    measured = {}
-    for name in ("precision", "recall", "density", "coverage", "copies"):
-        if (value := getattr(found, name)) is not None:
-            count = counted.get(name)
-            measured[name] = Measured(value, (value * (1 - value) / count) ** 0.5 if count else None)
+    whole = Distances(False, centre, device)
+    parts = Parts.of(samples, NEIGHBOURS_K, whole)
+    found = extended = neighbours(
+        reference,
+        samples,
+        Distances(half, centre, device),
+        NEIGHBOURS_K,
+        EXTENDED_K if wide and not half else None,
+        parts,
+    )
+    if wide and half:
+        extended = neighbours(reference, samples, whole, NEIGHBOURS_K, EXTENDED_K, parts)
+
+    def of_balls(hit: Tensor, in_parts: Tensor) -> Measured:
+        return Measured(float(hit.double().mean()), of_parts(in_parts.cpu().numpy(), KEPT))
+
+    measured = {
+        "precision": of_share(found.precise.double().cpu().numpy()),
+        "recall": of_balls(found.recalled, found.recalled_in_parts),
+    }
+    if wide:
+        measured["density"] = of_share(extended.balls.cpu().numpy())
+        measured["coverage"] = of_balls(extended.covered, extended.covered_in_parts)
+        measured["copies"] = of_share(extended.copied.double().cpu().numpy())
+    fewest = min(len(samples), len(reference))
+    for name, count in {
+        "precision": len(samples),
+        "recall": fewest,
+        "coverage": fewest,
+        "copies": len(samples),
+    }.items():
+        if name in measured and measured[name].value in (0, 1):
+            measured[name] = replace(measured[name], interval=wilson(measured[name].value, count))
     return measured
-
-
-def _with_wide(narrow: Neighbours, wide: Neighbours) -> Neighbours:
-    return Neighbours(narrow.precision, narrow.recall, wide.density, wide.coverage, wide.copies)
 
 
 def not_comparable(

@@ -2,16 +2,27 @@
 
 import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evaluations.dinov2 import dinov2
 from evaluations.emoji import WEIGHTS, emoji_features
-from evaluations.evaluation import OF_BOTH, Side, evaluate, few, metric_names, not_comparable, warnings, why_not
+from evaluations.evaluation import (
+    OF_BOTH,
+    Side,
+    difference,
+    evaluate,
+    few,
+    metric_names,
+    not_comparable,
+    warnings,
+    why_not,
+)
 from evaluations.features import extract
 from evaluations.inception import SHA256, inception, published_weights
 from evaluations.networks import FeatureNetwork, use_whole_floats, versions
+from evaluations.pairing import why_not_paired
 from evaluations.ranks import Ranks
 from evaluations.sources import Source, open_source
 
@@ -28,11 +39,14 @@ class Settings:
 
     num_samples: judge the first so many samples only. metrics: names, None for all that the sources allow. inception:
     its weights, None for the well-known file. weights: those of dinov2 (a folder) or emoji (a file, None for the
-    embedded one).
+    embedded one). against: other samples that the metrics are also computed of, for the differences with their paired
+    errors. paired: sample i of both is known to belong together, whatever their runs say of themselves.
     """
 
     reference: str
     samples: str
+    against: str | None = None
+    paired: bool = False
     features: str = "inception"
     inception: Path | None = None
     weights: Path | None = None
@@ -89,9 +103,9 @@ def check(settings: Settings, reference: Source, samples: Source) -> None:
                 raise ValueError(f"{source.path}: {name}: wanted {size} dimensions, got {len(gaussian.mean)}")
 
 
-def open_samples(settings: Settings) -> Source:
-    """The samples, or as many of them as are asked for."""
-    source = open_source(settings.samples)
+def open_samples(settings: Settings, path: str) -> Source:
+    """Samples, or as many of them as are asked for."""
+    source = open_source(path)
     if settings.num_samples is None:
         return source
     if source.images is None:
@@ -100,6 +114,17 @@ def open_samples(settings: Settings) -> Source:
         return replace(source, images=source.images.first(settings.num_samples))
     except ValueError as error:
         raise ValueError(f"--num_samples: {source.path}: {error}") from None
+
+
+def open_all(settings: Settings) -> list[Source]:
+    """The reference, the samples, and what these are compared with; a ValueError where samples are not paired."""
+    sources = [open_source(settings.reference), open_samples(settings, settings.samples)]
+    if settings.against:
+        sources.append(open_samples(settings, settings.against))
+        known = replace(sources[1], about={"identity": {}}), replace(sources[2], about={"identity": {}})
+        if reason := why_not_paired(*(known if settings.paired else sources[1:])):
+            raise ValueError(f"--against: not paired: {reason}")
+    return sources
 
 
 def described(side: Side) -> dict[str, Any]:
@@ -118,22 +143,24 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
     """Evaluate samples against a reference; the numbers on rank 0, an empty dict on the others.
 
     Bad input is a `BadInputError`. Returns what the evaluator writes as JSON: metrics with value and error, the parts
-    of the Fréchet distances, what is missing and why, whether the numbers compare with published ones, provenance.
+    of the Fréchet distances, what is missing and why, whether the numbers compare with published ones, provenance; with
+    `against` also the differences.
     """
     ranks = ranks or Ranks()
     use_whole_floats()
-    reference, samples = ranks.first(lambda: (open_source(settings.reference), open_samples(settings)))
+    reference, *sets = ranks.first(lambda: open_all(settings))
 
     def choose() -> list[str]:
-        check(settings, reference, samples)
-        return chosen_metrics(settings, reference, samples)
+        for samples in sets:
+            check(settings, reference, samples)
+        return chosen_metrics(settings, reference, sets[0])
 
     metrics = ranks.first(choose)
-    for warning in warnings(reference, samples, metrics) if ranks.rank == 0 else []:
+    for warning in warnings(reference, sets[0], metrics) if ranks.rank == 0 else []:
         sys.stderr.write(f"warning: {warning}\n")
 
     sides, network = [], None
-    for word, source in (("reference", reference), ("samples", samples)):
+    for word, source in zip(("reference", "samples", "against"), (reference, *sets), strict=False):
         features = None
         if source.images is not None and (not source.statistics or set(metrics) & OF_BOTH):
             network = network or feature_network(settings, ranks)
@@ -144,17 +171,17 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
     if ranks.rank:
         return {}
     half = settings.pr_dtype == "fp16"
-    found = evaluate(*sides, metrics, half, ranks.device, settings.seed)
+    found, *others = (evaluate(sides[0], side, metrics, half, ranks.device, settings.seed) for side in sides[1:])
     weights = network.weights if network else None
-    because = not_comparable(settings.features, weights in (SHA256, None), reference, samples, metrics, half)
-    return {
-        "metrics": {name: asdict(measured) for name, measured in found.metrics.items()},
+    because = not_comparable(settings.features, weights in (SHA256, None), reference, sets[0], metrics, half)
+    result = {
+        "metrics": {name: measured.described() for name, measured in found.metrics.items()},
         "parts": {
-            name: {"means": parts.mean_term, "traces": parts.traces, "cross_trace": parts.cross_trace}
+            name: {"means": parts.mean_term, "traces": list(parts.traces), "cross_trace": parts.cross_trace}
             for name, parts in found.parts.items()
         },
         "missing": found.missing,
-        "n": len(samples.images) if samples.images else None,
+        "n": len(sets[0].images) if sets[0].images else None,
         "features": settings.features,
         "comparable": {"answer": not because, "because": because},
         "provenance": {
@@ -166,3 +193,8 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
             "versions": versions(),
         },
     }
+    for side, other in zip(sides[2:], others, strict=True):
+        differences = {name: measured.described() for name, measured in difference(found, other).items()}
+        result["difference"] = {"against": side.source.path, "metrics": differences}
+        result["provenance"]["against"] = described(side)
+    return result

@@ -125,8 +125,8 @@ def _cross_trace(first: Gaussian, second: Gaussian, scale: float) -> float:
     return float(scipy.linalg.svdvals(one @ other.T, check_finite=False).sum())
 
 
-def frechet_jackknife(features: NDArray, reference: Gaussian) -> float:
-    """The standard error of the distance of few samples [N, D], by leaving out one at a time."""
+def frechet_jackknife(features: NDArray, reference: Gaussian) -> Array:
+    """Deviations of the distance of few samples [N, D], by leaving out one at a time: [N], their norm is its error."""
     x = features.astype(np.float64)
     n = len(x) - 1
     products = x @ reference.covariance @ x.T
@@ -137,7 +137,7 @@ def frechet_jackknife(features: NDArray, reference: Gaussian) -> float:
         values = scipy.linalg.eigvalsh(_centred(_centred(products[np.ix_(rest, rest)]).T))
         cross_trace = np.sqrt(values.clip(min=0) / (n - 1)).sum()
         distances.append(mean_term + x[rest].var(axis=0, ddof=1).sum() - 2 * cross_trace)
-    return float(np.sqrt(n * np.var(distances)))
+    return (np.mean(distances) - np.array(distances)) * np.sqrt(n / len(x))
 
 
 def frechet_influence(samples: Gaussian, reference: Gaussian):
@@ -145,8 +145,8 @@ def frechet_influence(samples: Gaussian, reference: Gaussian):
 
     IF(x) = 2 (μ_s − μ_r)·(x − μ_s) + (x − μ_s)ᵀ (I − T) (x − μ_s), up to a constant, with T the optimal transport map
     from the samples' Gaussian to the reference's; the standard error of the distance of n samples is std(IF)/√n
-    (delta method). Directions in which the samples do not differ at all are left out. Returns a function from features
-    [N, D] to IF [N].
+    (delta method; of fewer samples than dimensions it holds for these samples, and is a little too large). Directions
+    in which the samples do not differ at all are left out. Returns a function from features [N, D] to IF [N].
     """
     variances, directions = scipy.linalg.eigh(samples.covariance, driver="evd", check_finite=False)
     kept = variances > 1e-12 * max(variances[-1], 0)

@@ -108,19 +108,89 @@ def nearest_other(features: Rows, distances: Distances) -> Tensor:
     return nearest.masked_fill_(nearest.isinf(), 0)
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """Shares, each in [0, 1] (density: at least 0), of samples and reference images; None where not asked for."""
+PARTS, KEPT = 50, 0.6
+"""Random parts of the samples by which the errors of recall and coverage are found, and the share of samples in each.
 
-    precision: float
-    recall: float
-    density: float | None = None
-    coverage: float | None = None
-    copies: float | None = None
+Who is inside some ball is no smooth function of the samples: leaving out one at a time makes errors too large.
+"""
+NEAR = 12
+"""Neighbours known of a sample: its k-th one in a part is among them but for a chance of 1 in 400."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """PARTS random parts of the samples, the same ones for as many samples.
+
+    squared: [N, PARTS] the squared radius of each sample in each part, −1 outside of it. whole: [N] in the whole.
+    """
+
+    squared: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, samples: Rows, k: int, distances: Distances, seed: int = 0) -> "Parts":
+        """The radii to the k-th nearest other sample of the same part."""
+        near, who = nearest(samples, min(NEAR, len(samples) - 1), distances)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand((len(samples), PARTS), generator=generator).argsort(dim=0).argsort(dim=0)
+        kept = (order < round(KEPT * len(samples))).to(near.device)
+        squared = torch.empty(len(samples), PARTS, device=near.device)
+        for rows in torch.arange(len(samples), device=near.device).split(BLOCK):
+            inside = kept[who[rows]].cumsum(dim=1)  # [rows, NEAR, PARTS]
+            place = (inside < k).sum(dim=1).clamp(max=near.shape[1] - 1)
+            squared[rows] = near[rows].gather(1, place).masked_fill(~kept[rows], -1)
+        return cls(squared, near[:, k - 1])
+
+    @property
+    def reach(self) -> Tensor:
+        """[N] the largest radius of each sample in any part."""
+        return self.squared.amax(dim=1)
+
+
+def nearest(features: Rows, count: int, distances: Distances) -> tuple[Tensor, Tensor]:
+    """Squared distances [N, count] of each feature to its nearest other ones, ascending, and which they are."""
+    found = torch.empty(len(features), count, device=distances.device)
+    who = torch.empty(len(features), count, dtype=torch.int64, device=distances.device)
+    for rows, left in distances.cut(features):
+        best, place = None, None
+        for columns, right in distances.cut(features):
+            block = distances.between(left, right)
+            if columns == rows:
+                block.fill_diagonal_(torch.inf)
+            here = torch.arange(columns.start, columns.start + len(right), device=block.device).expand_as(block)
+            if best is not None:
+                block, here = torch.cat([best, block], dim=1), torch.cat([place, here], dim=1)
+            best, at = block.topk(min(count, block.shape[1]), dim=1, largest=False)
+            place = here.gather(1, at)
+        found[rows], who[rows] = best, place
+    return found, who
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Who is inside whose ball. N samples, M reference images; None where not asked for.
+
+    precise: [N] bool, samples inside a reference ball; recalled: [M] bool, reference images inside a sample's ball;
+    balls: [N] the reference balls a sample is in, over k; covered: [M] bool, balls with a sample; copied: [N] bool,
+    copies. …_in_parts: [PARTS] the shares of recalled and covered images of parts of the samples.
+    """
+
+    precise: Tensor
+    recalled: Tensor
+    recalled_in_parts: Tensor | None = None
+    balls: Tensor | None = None
+    covered: Tensor | None = None
+    covered_in_parts: Tensor | None = None
+    copied: Tensor | None = None
 
 
 def neighbours(
-    reference: Rows, samples: Rows, distances: Distances, k: int = 3, extended_k: int | None = None
+    reference: Rows,
+    samples: Rows,
+    distances: Distances,
+    k: int = 3,
+    extended_k: int | None = None,
+    parts: Parts | None = None,
 ) -> Neighbours:
     """Precision and recall of samples [N, D] against reference features [M, D], and with `extended_k` the others.
 
@@ -128,30 +198,42 @@ def neighbours(
     (`<=`); recall: the same with the sides exchanged. density and coverage: Naeem et al., with extended_k. copies:
     share of samples that are nearer to a reference image than any other reference image is, its own doubles aside.
     """
-    reference_radii, sample_radii = radii(reference, k, distances), radii(samples, k, distances)
-    inside_reference = torch.zeros(len(samples), dtype=torch.bool, device=distances.device)
-    inside_samples = torch.zeros(len(reference), dtype=torch.bool, device=distances.device)
+    reference_radii = radii(reference, k, distances)
+    sample_radii = radii(samples, k, distances) if parts is None or distances.half else parts.whole
+    precise = torch.zeros(len(samples), dtype=torch.bool, device=distances.device)
+    recalled = torch.zeros(len(reference), dtype=torch.bool, device=distances.device)
+    recalled_in, covered_in = (
+        torch.zeros(len(reference) if parts is not None else 0, PARTS, dtype=torch.bool, device=distances.device)
+        for _ in range(2)
+    )
     if extended_k is not None:
-        wide, nearest = radii(reference, extended_k, distances), nearest_other(reference, distances)
-        balls = torch.zeros(len(samples), dtype=torch.int64, device=distances.device)
-        covered, copied = torch.zeros_like(inside_samples), torch.zeros_like(inside_reference)
+        wide, away = radii(reference, extended_k, distances), nearest_other(reference, distances)
+        balls = torch.zeros(len(samples), dtype=torch.float64, device=distances.device)
+        covered, copied = torch.zeros_like(recalled), torch.zeros_like(precise)
+    reach = parts.reach if parts is not None else None
     for rows, left in distances.cut(reference):
         for columns, right in distances.cut(samples):
             block = distances.between(left, right)
-            inside_reference[columns] |= (block <= reference_radii[rows, None]).any(dim=0)
-            inside_samples[rows] |= (block <= sample_radii[columns]).any(dim=1)
+            precise[columns] |= (block <= reference_radii[rows, None]).any(dim=0)
+            recalled[rows] |= (block <= sample_radii[columns]).any(dim=1)
+            if parts is not None:
+                near = (block <= reach[columns]).nonzero(as_tuple=True)
+                inside = block[near][:, None] <= parts.squared[columns][near[1]]
+                recalled_in[rows] |= _any(near[0], inside, len(left))
             if extended_k is not None:
                 within = block <= wide[rows, None]
                 balls[columns] += within.sum(dim=0)
                 covered[rows] |= within.any(dim=1)
-                copied[columns] |= (block < nearest[rows, None]).any(dim=0)
-    found = Neighbours(float(inside_reference.double().mean()), float(inside_samples.double().mean()))
+                copied[columns] |= (block < away[rows, None]).any(dim=0)
+                if parts is not None:
+                    near = within.nonzero(as_tuple=True)
+                    covered_in[rows] |= _any(near[0], parts.squared[columns][near[1]] >= 0, len(left))
+    shares = [each.double().mean(dim=0) if parts is not None else None for each in (recalled_in, covered_in)]
     if extended_k is None:
-        return found
-    return Neighbours(
-        found.precision,
-        found.recall,
-        float(balls.double().mean()) / extended_k,
-        float(covered.double().mean()),
-        float(copied.double().mean()),
-    )
+        return Neighbours(precise, recalled, shares[0])
+    return Neighbours(precise, recalled, shares[0], balls / extended_k, covered, shares[1], copied)
+
+
+def _any(rows: Tensor, hits: Tensor, count: int) -> Tensor:
+    """Whether any of the hits [K, PARTS] at the rows [K] is one: [count, PARTS]."""
+    return torch.zeros(count, hits.shape[1], device=hits.device).index_add_(0, rows, hits.float()).bool()

@@ -60,7 +60,7 @@ def sha256(path: str | Path) -> str:
 
 
 def load_weights(module: nn.Module, path: str | Path, device: torch.device) -> str:
-    """Fill a module (built on the meta device) from a .pt/.pth or .safetensors file, exactly; returns its SHA-256.
+    """Fill a module (built on the meta device) from a file of torch's or safetensors', exactly; returns its SHA-256.
 
     Nothing in the file is executed. A ValueError names the file, the first tensor that does not fit, and both shapes.
     """
@@ -68,10 +68,10 @@ def load_weights(module: nn.Module, path: str | Path, device: torch.device) -> s
     if not path.is_file():
         raise ValueError(f"{path}: no such file of weights")
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            # safetensors begin with the length of a header, which is JSON.
+            is_safetensors = file.read(9).endswith(b"\0\0\0\0{")
+        state = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a file of weights ({type(error).__name__})") from None
     except Exception as error:  # pickle.UnpicklingError and what hostile files raise beside it

@@ -1,50 +1,42 @@
-"""Inception score, kernel distance and FID∞: metrics summed as features stream by."""
-
-from collections.abc import Iterable
-from dataclasses import dataclass
+"""Inception score, kernel distance, FID∞, MIND and class histograms: metrics summed as features stream by."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluations.moments import Gaussian, Moments, frechet_distance
+from evaluations.measured import Measured, of_influence
+from evaluations.moments import Gaussian, Moments, frechet_distance, frechet_influence
 from evaluations.neighbours import BLOCK, Rows
 
 SPLIT = 5000
 """Samples in a split of the Inception score, as guided-diffusion's evaluator takes them."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A number and its standard error; None where none is known."""
-
-    value: float
-    error: float | None = None
-
-
-def inception_score(logits: Iterable[torch.Tensor], n: int, order: NDArray | None = None) -> Measured:
+def inception_score(logits: Rows, order: NDArray | None = None) -> Measured:
     """exp E KL(p(y|x) ‖ p(y)), the mean over splits of 5000 (Salimans et al. 2016); the last split may be smaller.
 
-    logits: blocks [M, K], n in all, in file order. order: the place of every sample, where not that of the file. The
-    error is the splits' standard deviation over the root of their number.
+    logits: [N, K], in file order. order: the place of every sample, where not that of the file. A sample moves its
+    split's score by score · (its KL − the mean).
     """
+    n = len(logits)
     splits = -(-n // SPLIT)
-    place = (np.arange(n) if order is None else order) // SPLIT
-    negative_entropy, probability, start = torch.zeros(splits, dtype=torch.float64), None, 0
-    for block in logits:
-        log_p = block.double().log_softmax(dim=1)
+    place = torch.from_numpy((np.arange(n) if order is None else order) // SPLIT)
+    count = place.bincount(minlength=splits).double()
+    probability = torch.zeros(splits, logits[:1].shape[1], dtype=torch.float64)
+    for start in range(0, n, BLOCK):
+        block = logits[start : start + BLOCK].double().softmax(dim=1)
+        probability.index_add_(0, place[start : start + BLOCK], block)
+    log_marginal = (probability / count[:, None]).log()
+    divergence = torch.empty(n, dtype=torch.float64)
+    for start in range(0, n, BLOCK):
+        rows = slice(start, start + BLOCK)
+        log_p = logits[rows].double().log_softmax(dim=1)
         p = log_p.exp()
-        split = torch.from_numpy(place[start : start + len(block)])
-        if probability is None:
-            probability = torch.zeros(splits, p.shape[1], dtype=torch.float64)
-        negative_entropy.index_add_(0, split, (p * log_p).sum(dim=1))
-        probability.index_add_(0, split, p)
-        start += len(block)
-    count = torch.from_numpy(np.bincount(place, minlength=splits)).double()
-    marginal = probability / count[:, None]
-    scores = torch.exp(negative_entropy / count - torch.special.xlogy(marginal, marginal).sum(dim=1))
-    error = float(scores.std() / splits**0.5) if splits > 1 else None
-    return Measured(float(scores.mean()), error)
+        divergence[rows] = torch.where(p > 0, p * (log_p - log_marginal[place[rows]]), 0.0).sum(dim=1)
+    mean = torch.zeros(splits, dtype=torch.float64).index_add_(0, place, divergence) / count
+    scores = mean.exp()
+    influence = (n / (splits * count) * scores)[place] * (divergence - mean[place])
+    return Measured(float(scores.mean()), of_influence(influence.numpy()) if n > 1 else None)
 
 
 def _kernel_sums(first: Rows, second: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,17 +64,16 @@ def _self_sums(rows: Rows, device: torch.device) -> torch.Tensor:
 def kernel_distance(samples: Rows, reference: Rows, device: torch.device) -> Measured:
     """KID (Bińkowski et al. 2018): squared MMD of the cubic kernel, the U-statistic over all pairs, not of subsets.
 
-    The error comes from each image's share in the statistic (its first-order projection), on both sides.
+    The error comes from each sample's share in the statistic (its first-order projection).
     """
     n, m = len(samples), len(reference)
     if min(n, m) < 2:
         raise ValueError(f"kernel distance: wanted 2 samples or more on both sides, got {n} and {m}")
     own, theirs = _self_sums(samples, device) / (n - 1), _self_sums(reference, device) / (m - 1)
-    across, back = _kernel_sums(samples, reference, device)
-    across, back = across / m, back / n
+    across, _ = _kernel_sums(samples, reference, device)
+    across = across / m
     value = own.mean() + theirs.mean() - 2 * across.mean()
-    variance = (2 * (own - across)).var() / n + (2 * (theirs - back)).var() / m
-    return Measured(float(value), float(variance.sqrt()))
+    return Measured(float(value), of_influence(2 * (own - across).cpu().numpy()))
 
 
 INFINITY_SIZES = 8
@@ -91,8 +82,8 @@ INFINITY_SIZES = 8
 def frechet_infinity(features: Rows, reference: Gaussian, seed: int = 0) -> Measured:
     """FID∞ (Chong & Forsyth 2020): where the distance goes for N → ∞.
 
-    A line through the distances of eight nested random subsets of N/4 to N samples against 1/N; its value at 0, with
-    the error of the fit (the subsets overlap, so it is too small).
+    A line through the distances of eight nested random subsets of N/4 to N samples against 1/N; its value at 0. The
+    value is a weighted sum of the distances, so a sample counts in it by the weights of the subsets that it is in.
     """
     n = len(features)
     sizes = np.linspace(n / 4, n, INFINITY_SIZES).astype(int)
@@ -113,6 +104,54 @@ def frechet_infinity(features: Rows, reference: Gaussian, seed: int = 0) -> Meas
     for part in parts:
         total = part if total is None else total + part
         distances.append(frechet_distance(total.gaussian(), reference).value)
-    inverse = 1 / sizes
-    coefficients, covariance = np.polyfit(inverse, distances, 1, cov=True)
-    return Measured(float(coefficients[1]), float(covariance[1, 1] ** 0.5))
+    weights = np.linalg.pinv(np.stack([np.ones(INFINITY_SIZES), 1 / sizes], axis=1))[0]
+    influence = frechet_influence(total.gaussian(), reference)
+    deviations = None
+    if influence is not None:
+        of_all = np.concatenate([influence(features[i : i + BLOCK].numpy()) for i in range(0, n, BLOCK)])
+        share = np.cumsum((weights * n / sizes)[::-1])[::-1]  # of a sample that is in this subset and all larger ones
+        deviations = of_influence(share[member] * (of_all - of_all.mean()))
+    return Measured(float(weights @ distances), deviations)
+
+
+DIRECTIONS = 1024
+
+
+def sliced_distance(samples: Rows, reference: Rows, device: torch.device, seed: int = 0) -> Measured:
+    """MIND: 3 d times the mean squared Wasserstein distance of features along random directions of the unit sphere.
+
+    Along a direction the samples' sorted projections are carried to the reference's, N to M by their quantiles; the
+    influence of a sample is the potential of that transport.
+    """
+    d = samples[:1].shape[1]
+    directions = torch.randn(d, DIRECTIONS, generator=torch.Generator().manual_seed(seed))
+    directions = (directions / directions.norm(dim=0)).to(device)
+    n, total, influence = len(samples), 0.0, torch.zeros(len(samples), dtype=torch.float64, device=device)
+    for columns in directions.split(64, dim=1):
+        ours, theirs = (
+            torch.cat([rows[i : i + BLOCK].to(device) @ columns for i in range(0, len(rows), BLOCK)]).double()
+            for rows in (samples, reference)
+        )
+        ours, order = ours.sort(dim=0)
+        place = ((torch.arange(n, device=device) + 0.5) / n * len(reference)).long()
+        away = ours - theirs.sort(dim=0).values[place]
+        total += float(away.square().mean(dim=0).sum())
+        steps = (ours[1:] - ours[:-1]) * (away[1:] + away[:-1])  # 2 ∫ (x − T(x)) dx between neighbours
+        potential = torch.cat([torch.zeros_like(ours[:1]), steps.cumsum(dim=0)])
+        influence += torch.empty_like(ours).scatter_(0, order, potential).sum(dim=1)
+    factor = 3 * d / DIRECTIONS
+    return Measured(factor * total, of_influence(factor * influence.cpu().numpy()))
+
+
+def class_distance(samples: Rows, reference: Rows) -> Measured:
+    """Half the sum of |p − q| over the classes that Inception sees first (top-1): 0 for equal histograms, 1 at most.
+
+    FID follows the histogram of ImageNet's classes (Kynkäänniemi et al. 2022); this tells how much there is to follow.
+    """
+    ours, theirs = (
+        torch.cat([rows[i : i + BLOCK].argmax(dim=1) for i in range(0, len(rows), BLOCK)])
+        for rows in (samples, reference)
+    )
+    classes = samples[:1].shape[1]
+    away = ours.bincount(minlength=classes) / len(ours) - theirs.bincount(minlength=classes) / len(theirs)
+    return Measured(float(away.abs().sum() / 2), of_influence((away.sign()[ours] / 2).double().numpy()))

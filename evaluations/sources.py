@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import blobfile as bf
@@ -39,7 +40,13 @@ class Images:
 
     parts: Sequence[Part]
     size: tuple[int, int]
-    sorted_labels: bool = False
+    labels: NDArray | None = None
+
+    @property
+    def sorted_labels(self) -> bool:
+        """Whether the classes are known and stand in order."""
+        labels = self.labels
+        return labels is not None and len(labels) > 1 and labels[0] != labels[-1] and bool((np.diff(labels) >= 0).all())
 
     def __len__(self) -> int:
         return self.parts[-1].start + self.parts[-1].count
@@ -49,7 +56,7 @@ class Images:
         if not 0 < count <= len(self):
             raise ValueError(f"wanted 1 to {len(self)} images, got {count}")
         parts = [replace(part, count=min(part.count, count - part.start)) for part in self.parts if part.start < count]
-        return replace(self, parts=parts)
+        return replace(self, parts=parts, labels=None if self.labels is None else self.labels[:count])
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Images start to stop, [N, H, W, 3]; a ValueError if they are not what was announced."""
@@ -96,7 +103,7 @@ def open_source(path: str) -> Source:
     images = None
     if has_images:
         array = _image_array(path)
-        images = Images([Part(path, 0, len(array), array)], array.shape[1:3], _are_sorted([_labels(path, found)]))
+        images = Images([Part(path, 0, len(array), array)], array.shape[1:3], _labels([path], len(array)))
     manifest = _manifest(bf.join(bf.dirname(path), "manifest.json"))
     return Source(path, images, statistics, manifest if manifest.get("file") == bf.basename(path) else {})
 
@@ -105,15 +112,12 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _labels(path: str, found: Sequence[str]) -> NDArray:
-    """The classes arr_1 of an npz, empty where there are none."""
-    labels = ArrayFile(path, "arr_1").all() if "arr_1" in found else np.zeros(0)
-    return labels if labels.ndim == 1 and labels.dtype.kind in "iu" else np.zeros(0)
-
-
-def _are_sorted(parts: Sequence[NDArray]) -> bool:
-    labels = np.concatenate(parts)
-    return len(labels) > 1 and labels[0] != labels[-1] and bool((np.diff(labels) >= 0).all())
+def _labels(paths: Sequence[str], count: int) -> NDArray | None:
+    """The classes arr_1 of npz files, one after the other; None unless all `count` images have one."""
+    parts = [ArrayFile(path, "arr_1").all() for path in paths if "arr_1" in names(path)]
+    if any(part.ndim != 1 or part.dtype.kind not in "iu" for part in parts) or sum(map(len, parts)) != count:
+        return None
+    return np.concatenate(parts)
 
 
 def _image_array(path: str) -> ArrayFile:
@@ -145,6 +149,8 @@ def _advice(array: ArrayFile) -> str:
         return ", which look like [0, 1]: times 255, rounded, as uint8"
     if low >= -1 and high <= 1:
         return ", which look like [-1, 1]: (x + 1) · 127.5, rounded, as uint8"
+    if low >= 0 and high <= 255:
+        return ", which look like [0, 255]: rounded, as uint8"
     return ""
 
 
@@ -199,16 +205,30 @@ def _manifest(path: str) -> dict[str, Any]:
 
 def _open_folder(path: str) -> Source:
     folder = bf.join(path, "shards") if bf.isdir(bf.join(path, "shards")) else path
-    listed = sorted(bf.listdir(folder))
-    shards = [name for name in listed if name.startswith("shard_") and name.endswith(".npz")]
+    shards = [name for name in sorted(bf.listdir(folder)) if name.startswith("shard_") and name.endswith(".npz")]
     if shards:
         about = _manifest(bf.join(path, "manifest.json"))
         return Source(path, _open_shards(folder, shards, about.get("samples")), about=about)
-    pictures = [name for name in listed if name.lower().endswith(IMAGE_SUFFIXES)]
+    pictures = _pictures(folder)
     if not pictures:
         raise ValueError(f"{path}: wanted shards (shard_….npz) or pictures (png, jpg, …) in this folder, got neither")
-    parts = [Part(bf.join(folder, name), number, 1) for number, name in enumerate(pictures)]
+    parts = [Part(picture, number, 1) for number, picture in enumerate(pictures)]
     return Source(path, Images(parts, _picture(parts[0].path).shape[:2]))
+
+
+def _pictures(folder: str) -> list[str]:
+    """All pictures of a folder, sorted by name, and then those of each folder in it, also where links lead to one."""
+    paths = [bf.join(folder, name) for name in sorted(bf.listdir(folder))]
+    pictures = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+    for path in paths:
+        if not path.lower().endswith(IMAGE_SUFFIXES) and bf.isdir(path) and not _leads_back(path, folder):
+            pictures += _pictures(path)
+    return pictures
+
+
+def _leads_back(inner: str, folder: str) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    return "://" not in folder and Path(folder).resolve().is_relative_to(Path(inner).resolve())
 
 
 def _open_shards(folder: str, names_: Sequence[str], samples: int | None) -> Images:
@@ -241,7 +261,7 @@ def _open_shards(folder: str, names_: Sequence[str], samples: int | None) -> Ima
         raise ValueError(
             f"{folder}: wanted the {samples} samples of its manifest, got {count}: let the run finish first"
         )
-    return Images(parts, size, _are_sorted([_labels(part.path, names(part.path)) for part in parts]))
+    return Images(parts, size, _labels([part.path for part in parts], count))
 
 
 def _picture(path: str) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ one, or an instance with one patched, takes effect in every loop.
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from .diffusion.diffusion import Diffusion
 from .diffusion.losses import LossType, discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .diffusion.process import ForwardProcess, betas_for_alpha_bar, get_named_beta_schedule
 from .guidance.base import Guidance, GuidedDenoiser
+from .guidance.classifier import gradient_of
 
 __all__ = [
     "GaussianDiffusion",
@@ -271,7 +273,7 @@ class GaussianDiffusion(Diffusion):
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The mean that a classifier's gradient has moved."""
-        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = gradient_of(cond_fn, x, self._scale_timesteps(t), model_kwargs or {})
         return samplers.shifted_mean(p_mean_var["mean"].float(), p_mean_var["variance"], gradient.float())
 
     def condition_score(
@@ -284,7 +286,7 @@ class GaussianDiffusion(Diffusion):
     ) -> Result:
         """`p_mean_var` with the score moved by a classifier's gradient: its mean and pred_xstart follow."""
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = gradient_of(cond_fn, x, self._scale_timesteps(t), model_kwargs or {})
         eps = samplers.shifted_eps(self.process, t, eps, gradient)
         x0 = self._predict_xstart_from_eps(x, t, eps)
         mean = self.q_posterior_mean_variance(x_start=x0, x_t=x, t=t)[0]
@@ -514,6 +516,7 @@ class GaussianDiffusion(Diffusion):
             denoised_fn=denoised_fn,
             model_kwargs=model_kwargs,
         )
+        _warn_of_dropout(model)
         steps = range(self.num_timesteps - skip_timesteps)
         denoiser = self.denoiser(model, clip_denoised, denoised_fn)
         return _last(self._steps(step, image.to(device), steps, denoiser, guidance, None, progress))
@@ -533,6 +536,7 @@ class GaussianDiffusion(Diffusion):
         init_image: Tensor | None,
     ) -> Tensor:
         """The first x_t of a loop."""
+        _warn_of_dropout(model)
         if not 0 <= skip_timesteps < self.num_timesteps:
             raise ValueError(f"skip_timesteps: wanted 0 to {self.num_timesteps - 1}, got {skip_timesteps}")
         if noise is None:
@@ -655,6 +659,17 @@ def _last(results: Iterable[Result]) -> Tensor:
     for result in results:
         sample = result["sample"]
     return sample
+
+
+def _warn_of_dropout(model: Any) -> None:
+    """Warn, once, of a network that drops out at random while it samples."""
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    if rates := [part.p for part in parts if isinstance(part, nn.Dropout) and part.training and part.p]:
+        warnings.warn(
+            f"the network is in training mode, with dropout {max(rates):g}: samples depend on more than their noise; "
+            "call its eval() first",
+            stacklevel=4,
+        )
 
 
 def _takes(method: Callable[..., Any], name: str) -> None:

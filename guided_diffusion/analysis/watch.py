@@ -10,7 +10,7 @@ from torch import Tensor
 from ..guidance.base import Guidance, Step
 from ..guidance.masks import attention_mask
 from ..guidance.self_attention import SelfAttentionGuidance
-from ..networks.attention import Attends, record_attention
+from ..networks.attention import Attends, Scores, record_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Watch(Guidance):
     images: Callable[[Tensor], Tensor] = lambda latents: latents
     scale: float = 1.0
 
-    def record(self) -> AbstractContextManager[dict[Attends, Tensor]]:
+    def record(self) -> AbstractContextManager[Scores]:
         return record_attention(*self.blocks.values())
 
     def difference(self, step: Step) -> Tensor:

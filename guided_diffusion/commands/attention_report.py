@@ -39,5 +39,7 @@ def main() -> None:
         subject = latent_subject(*run_configs, device) if latent else image_subject(Configs.of(run_configs), device)
         analysis = build(config, subject)
     folder = Path(subject.pipeline.config.out_dir or "runs/attention")
+    with exit_on_bad_input("out_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
     print(run(analysis, folder))
     print(f"look at {folder / 'report.html'}")

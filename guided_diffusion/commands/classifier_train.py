@@ -25,7 +25,7 @@ from ..settings.scripts import SCRIPTS
 from ..storage.files import json_text, write_atomically
 from ..storage.images import ImageFolder
 from ..training.classifier import ClassifierLoop, accuracy_by_noise
-from ..training.run import batches_of, classes_of, folder_of, run, write_description
+from ..training.run import batches_of, folder_of, look_at, run, write_description
 
 NOISE_LEVELS = 10
 DRAWS = 4
@@ -72,15 +72,19 @@ def main() -> None:
     groups, without = SCRIPTS["classifier_train"]
     configs = parse_args(__doc__, groups, without=without)
     training, classifier_config, network_config, diffusion_config = configs
-    image_size, num_classes = network_config.image_size, network_config.num_classes
+    image_size = network_config.image_size
     job = start()
-    with exit_on_bad_input():
+    with exit_on_bad_input("out_dir"):
+        network_config, classes = look_at(training.data_dir, replace(network_config, class_cond=True), job)
+        folders = [training.data_dir]
+        if training.val_data_dir:
+            folders.append(training.val_data_dir)
+            _, others = look_at(training.val_data_dir, network_config, job)
+            if others != classes:
+                raise ValueError(f"val_data_dir: wanted the classes {', '.join(classes)}, got {', '.join(others)}")
+        num_classes = network_config.num_classes
         torch.manual_seed(training.seed)
         network = build_classifier(image_size, classifier_config, num_classes).to(job.device)
-        folders = [training.data_dir] + ([training.val_data_dir] if training.val_data_dir else [])
-        classes, *others = (classes_of(folder, replace(network_config, class_cond=True)) for folder in folders)
-        if others and others[0] != classes:
-            raise ValueError(f"val_data_dir: wanted the classes {', '.join(classes)}, got {', '.join(others[0])}")
         of_folder = partial(batches_of, image_size=image_size, class_cond=True)
         uncropped = replace(training, random_crop=False)  # as upstream
         val_data = of_folder(uncropped, training.val_data_dir, job=Job()) if training.val_data_dir else None

@@ -19,7 +19,7 @@ from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
 from ..storage.files import json_text
-from ..storage.images import ImageFolder
+from ..storage.images import ImageFolder, found
 
 
 @command
@@ -46,7 +46,8 @@ def main() -> None:
         return
     total, prior = result["total_bpd"], result["prior_bpd"]
     error = "" if total["error"] is None else f" ± {total['error']:.4f}"
-    images = result["images"]
+    images, n = result["images"], result["n"]
+    there = found(likelihood.data_dir, images["of"], images["classes"], network_config.num_classes)
     how = f"drawn by seed {likelihood.seed}" if images["drawn"] else "the first by name"
-    n = f"{result['n']} of {images['of']}, {how}" if result["n"] < images["of"] else result["n"]
-    print(f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}; N = {n}")
+    bits = f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}"
+    print(f"{bits}; N = {n} of {there}{f', {how}' if n < images['of'] else ''}")

@@ -16,20 +16,20 @@ from ..networks.building import build_network
 from ..runs.ranks import command, start
 from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
-from ..training.run import SAMPLES, batches_of, classes_of, train_diffusion
+from ..training.run import SAMPLES, batches_of, look_at, train_diffusion
 
 
 @command
 def main() -> None:
-    configs = parse_args(__doc__, SCRIPTS["image_train"].groups)
-    training, network_config, diffusion_config = configs
+    training, network_config, diffusion_config = parse_args(__doc__, SCRIPTS["image_train"].groups)
     job = start()
     with exit_on_bad_input():
-        classes = classes_of(training.data_dir, network_config)
+        network_config, classes = look_at(training.data_dir, network_config, job)
         torch.manual_seed(training.seed)
         network = build_network(network_config, diffusion_config.learn_sigma)
         settings = resolved(network_config, diffusion_config)
     image_size, class_cond = network_config.image_size, network_config.class_cond
     batches = batches_of(training, training.data_dir, image_size, class_cond, job)
     condition = {"y": torch.arange(SAMPLES) % len(classes)} if classes else {}
+    configs = training, network_config, diffusion_config
     train_diffusion(network, batches, configs, settings, classes, condition, job)

@@ -7,8 +7,9 @@ The names of the attention blocks are what --sag_block takes.
 
 import argparse
 
-from ..networks.inspection import NOT_IN_SHAPES, inspect
+from ..networks.inspection import NOT_IN_SHAPES, channels_said, inspect
 from ..runs.ranks import command
+from ..settings.model import check_heads
 from ..settings.options import exit_on_bad_input
 from ..storage.checkpoints import load_state_dict
 
@@ -24,6 +25,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     with exit_on_bad_input():
+        for flag, value in (("image_size", args.image_size or 1), ("num_heads", args.num_heads)):
+            if value < 1:
+                raise ValueError(f"{flag}: wanted 1 or more, got {value}")
+        check_heads("num_head_channels", args.num_head_channels)
         state = load_state_dict(args.file)
         try:
             checkpoint = inspect({name: tensor.shape for name, tensor in state.items()}, args.image_size)
@@ -31,6 +36,8 @@ def main() -> None:
             raise ValueError(f"{args.file}: {error}") from None
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
     print(f"{checkpoint.kind}, {checkpoint.parameters:,} parameters in {len(state)} tensors of {dtypes}")
+    if said := channels_said(checkpoint.channels):
+        print(f"{said}; from Python, UNetModel(in_channels=…, out_channels=…) is of any")
     if checkpoint.image_size is None:
         factors = sorted({block.downsampling for block in checkpoint.attention})
         print(f"its attention is on maps of image_size / {', / '.join(map(str, factors))}; --image_size N says more")
@@ -39,6 +46,9 @@ def main() -> None:
     print(f"flags that its shapes tell: {f'--image_size {size} ' if size else ''}{flags}")
     if size and not args.image_size:
         print(f"  image_size {size} is a guess from the widths; --image_size N if it is another")
+    labels = checkpoint.flags.get("num_classes", 0)
+    if checkpoint.kind != "classifier" and labels > 1:
+        print(f"  or --num_classes {labels - 1} --null_label True, if its last label stands for no class")
     print(f"  {NOT_IN_SHAPES}")
     print("attention blocks (map sizes for that image; heads for the given --num_heads, --num_head_channels):")
     for block in checkpoint.attention:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ..runs.ranks import command
+from ..settings.options import exit_on_bad_input
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"
@@ -73,8 +74,9 @@ def main() -> None:
     if not glyphs:
         parser.error(f"--groups {args.groups}: no emoji group begins so")
     font = ImageFont.truetype(args.font, NATIVE_SIZE)
-    for part in ("train", "held_out", "alpha"):
-        (args.out / part).mkdir(parents=True, exist_ok=True)
+    with exit_on_bad_input("out"):
+        for part in ("train", "held_out", "alpha"):
+            (args.out / part).mkdir(parents=True, exist_ok=True)
     for group, code_point, name in tqdm(glyphs, desc="emoji", unit="glyph"):
         glyph = draw_glyph(font, code_point, args.size, args.margin)
         background = Image.new("RGBA", glyph.size, (GREY, GREY, GREY, 255))

@@ -60,6 +60,8 @@ def main() -> None:
         return
     ranks = start_ranks()
     folder = args.out_dir or Path("runs/tables") / plan.name
+    with exit_on_bad_input("out_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
     run_rows(plan, rows, changes, folder, args.inception, job, ranks)
     if ranks.rank == 0:
         print((folder / "report.md").read_text(encoding="utf-8"))

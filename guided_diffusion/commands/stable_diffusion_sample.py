@@ -15,7 +15,7 @@ import torch
 
 from ..runs.ranks import command, start
 from ..runs.run import run
-from ..settings.options import exit_on_bad_input, parse_args, resolved
+from ..settings.options import check_paths, exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
 from ..stable_diffusion.model import load
 from ..stable_diffusion.sampling import LatentPipeline, build_latent_guidance, read_prompts
@@ -28,6 +28,7 @@ def main() -> None:
     config, guidance_config = configs = parse_args(__doc__, SCRIPTS["stable_diffusion_sample"].groups)
     job = start()
     with exit_on_bad_input():
+        check_paths(*configs)  # before the slow imports
         prompts = read_prompts(config)
         model = load(config.model, getattr(torch, config.dtype), job.device, config.model_config)
         guidances = build_latent_guidance(model.unet, guidance_config)

@@ -18,7 +18,7 @@ from ..settings.options import exit_on_bad_input, parse_args, resolved
 from ..settings.scripts import SCRIPTS
 from ..settings.training import TrainingConfig
 from ..training.data import load_data, with_low_res
-from ..training.run import SAMPLES, batches_of, classes_of, train_diffusion
+from ..training.run import SAMPLES, batches_of, look_at, train_diffusion
 
 
 def first_images(training: TrainingConfig, sizes: SuperResolutionConfig, class_cond: bool) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def main() -> None:
     class_cond = network_config.class_cond
     job = start()
     with exit_on_bad_input():
-        classes = classes_of(training.data_dir, network_config)
+        network_config, classes = look_at(training.data_dir, network_config, job)
         torch.manual_seed(training.seed)
         network = build_upsampler(sizes, network_config, diffusion_config.learn_sigma)
         settings = resolved(sizes, network_config, diffusion_config)

@@ -1,7 +1,9 @@
 """Train the small network whose features compare 32×32 emoji (evaluations/emoji_features.md).
 
 It learns to tell every glyph of a folder from all others, mirrored and moved by up to 3 pixels, and to tell how much
-blur and how much noise was put on the picture: so its features know what is drawn and how well it is drawn.
+blur and how much noise was put on the picture: so its features know what is drawn and how well it is drawn. Then the
+spread of each feature over pictures disturbed in many ways becomes its unit (evaluations/disturbances.py); with
+--init FILE --steps 0 only this is done, for weights that are there.
 
   python scripts/make_emoji_data.py data/emoji_all
   python scripts/train_emoji_features.py data/emoji_all/train data/emoji_all/held_out
@@ -14,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from evaluations.disturbances import DISTURBANCES
 from evaluations.emoji import WEIGHTS, WIDTHS, EmojiFeatures
+from evaluations.networks import load_weights
 
 from ..runs.ranks import command
 
@@ -71,10 +76,26 @@ def damaged(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return (blurred(images, MAX_BLUR * amount[:, 0]) + noise).clamp(0, 255), amount
 
 
+@torch.inference_mode()
+def spread(features: EmojiFeatures, pictures: NDArray[np.uint8], seed: int) -> Tensor:
+    """The standard deviation of each feature over pictures [N, 32, 32, 3] disturbed by every disturbance and level."""
+    features.eval()
+    rng = np.random.default_rng(seed)
+    found = []
+    for disturbance in DISTURBANCES.values():
+        for level in disturbance.levels:
+            disturbed = disturbance.apply(pictures, level, rng)
+            for batch in torch.from_numpy(disturbed).permute(0, 3, 1, 2).split(256):
+                found.append(torch.cat(features.means(batch), dim=1))
+    # A channel that no picture moves tells nothing; its unit must not be 0.
+    return torch.cat(found).double().std(dim=0).clamp(min=1e-3).float()
+
+
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of 32×32 pictures, each picture a glyph")
+    parser.add_argument("--init", type=Path, help="begin with the weights of this file")
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures a step (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default %(default)s)")
@@ -89,17 +110,23 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     network = Trained(len(files))
+    if args.init:
+        try:
+            load_weights(network.features, args.init, torch.device("cpu"))
+        except ValueError as refusal:
+            parser.error(f"--init: {refusal}")
+        network.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.02)
-    warmup = min(100, args.steps)
+    warmup = max(1, min(100, args.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / max(args.steps, 1))))
     )
     bar = tqdm(range(args.steps), disable=None, unit="step")
     seen = right = 0
     for step in bar:
         glyph = torch.randint(0, len(files), (args.batch_size,), generator=generator)
         images, amount = damaged(moved(pictures[glyph], generator), generator)
-        pool = network.features(images).pool
+        pool = network.features.means(images)[-1]
         scores = network.glyph(pool)
         loss = F.cross_entropy(scores, glyph, label_smoothing=0.1) + F.mse_loss(network.damage(pool), amount) * 10
         optimizer.zero_grad()
@@ -110,8 +137,9 @@ def main() -> None:
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, glyphs right {right / seen:.1%} of the last {seen}")
             seen = right = 0
+    network.features.spread = spread(network.features, pictures.permute(0, 2, 3, 1).byte().numpy(), args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half() if tensor.is_floating_point() else tensor
+    state = {name: tensor.half() if tensor.is_floating_point() and name != "spread" else tensor
              for name, tensor in network.features.state_dict().items()}  # fmt: skip
     save_file(state, args.out)
     print(f"{sum(p.numel() for p in network.features.parameters()):,} parameters, {len(files)} glyphs: {args.out}")

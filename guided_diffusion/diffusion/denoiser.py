@@ -1,7 +1,9 @@
 """A denoiser turns (x_t, t, condition) into a Prediction; here is the one made of a network."""
 
 import enum
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -157,6 +159,21 @@ def stacked(first: Any, second: Any, rows: int) -> Any:
     return first
 
 
+def may_be_compiled() -> bool:
+    """Whether anything is compiled: all that is has imported Dynamo, which takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+def hooks_seen() -> AbstractContextManager[None]:
+    """A context in which a network that `torch.compile` has compiled looks at the hooks of its modules.
+
+    What was compiled outside of it does not. It acts in this thread alone.
+    """
+    if not may_be_compiled():
+        return nullcontext()
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+
+
 class NetworkDenoiser:
     """A network as a Denoiser: reads its output by mean and variance type.
 
@@ -182,10 +199,14 @@ class NetworkDenoiser:
         self.denoised_fn = denoised_fn
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        return self.read(self.network(x_t, self.process.network_timesteps(t), **condition), x_t, t, condition)
+        # Also where no guidance listens yet, or the next step's would not be heard.
+        with hooks_seen():
+            output = self.network(x_t, self.process.network_timesteps(t), **condition)
+        return self.read(output, x_t, t, condition)
 
     def read(self, output: Tensor, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        """The Prediction that a network output stands for."""
+        """The Prediction that a network output stands for, in x_t's precision where that is the higher one."""
+        output = output.to(torch.promote_types(output.dtype, x_t.dtype))
         variance, log_variance = self._variance(output, x_t, t)
         eps, x0, mean = _beliefs(self.mean_type, self.process, x_t, t, output[:, : x_t.shape[1]])
         return Prediction(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..diffusion.denoiser import Condition, Denoiser, Prediction, stacked
 from ..diffusion.noise import Samples
 from ..diffusion.process import NoiseLevels
-from ..networks.attention import Attends
+from ..networks.attention import Attends, last_rows
 
 NullCondition = Callable[[Condition], Condition]
 """What makes of a condition the one of the unconditional pass: the same keys and shapes."""
@@ -65,7 +65,7 @@ class Guidance(ABC):
         if self.every < 1:
             raise ValueError(f"guide_every: wanted 1 or more, got {self.every}")
 
-    def record(self) -> AbstractContextManager[dict[Attends, Tensor]]:
+    def record(self) -> AbstractContextManager[Mapping[Attends, Tensor]]:
         """The recorder to hold open during the shared pass; what it yields comes back as `step.recorded[self]`."""
         return nullcontext({})
 
@@ -137,9 +137,8 @@ class Step(Observation):
                 base = self.conditional = self.denoise(x_t, t, condition)
             else:
                 self.conditional, base = self._denoise_both(x_t, t, condition, null(condition))
-        of_base = {
-            guidance: {block: score[-rows:] for block, score in scores.items()} for guidance, scores in recorded.items()
-        }
+        of = rows if null is None else 2 * rows
+        of_base = {guidance: last_rows(scores, rows, of) for guidance, scores in recorded.items()}
         super().__init__(base, of_base, samples)
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..networks.layers import without_autocast
+
 
 def check_blur(sigma: float, kernel: int | None) -> None:
     """Raise a ValueError for a σ or a kernel size that means no blur at all."""
@@ -38,4 +40,5 @@ def gaussian_blur(x: Tensor, sigma: float, kernel: int | None = None) -> Tensor:
     x = F.pad(x, (columns, columns, rows, rows), mode="reflect")
     across = _weights(sigma, columns, x).expand(channels, 1, 1, -1)
     down = _weights(sigma, rows, x)[:, None].expand(channels, 1, -1, -1)
-    return F.conv2d(F.conv2d(x, across, groups=channels), down, groups=channels)
+    with without_autocast(x.device):
+        return F.conv2d(F.conv2d(x, across, groups=channels), down, groups=channels)

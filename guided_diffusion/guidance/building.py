@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..networks.attention import Replaceable, find_block
+from ..networks.building import lost_attention
 from ..networks.unet import UNetModel
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import NetworkConfig
@@ -20,20 +21,20 @@ from .perturbed_attention import PerturbedAttentionGuidance
 from .self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from .smoothed_energy import SmoothedEnergyGuidance
 
+MAPS = (np.float32, np.float64, np.float16, np.bool_)
+"""What maps may be made of."""
+
 
 def _given_maps(path: str, share: float) -> GivenMaps:
-    """The masks of an npz: `maps` [M, h, w], bool or float32."""
+    """The masks of an npz: `maps` [M, h, w], bool or floats."""
     try:
         with open(path, "rb") as file:
-            try:
-                arrays = read_arrays(file, {"maps": (np.dtype(np.float32), (None, None, None))})
-            except ValueError as error:
-                if "got bool" not in str(error):
-                    raise
-                arrays = read_arrays(file, {"maps": (np.dtype(bool), (None, None, None))})
-        return GivenMaps(maps=torch.from_numpy(arrays["maps"].copy()), share=share)
+            maps = torch.from_numpy(read_arrays(file, {"maps": (MAPS, (None, None, None))})["maps"].copy())
+        return GivenMaps(maps=maps if maps.dtype is torch.bool else maps.float(), share=share)
     except FileNotFoundError:
         raise ValueError(f"sag_mask: no such file {path!r}") from None
+    except OSError as error:
+        raise ValueError(f"sag_mask: {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"sag_mask: {path}: {error}") from None
 
@@ -63,6 +64,20 @@ def _when(config: GuidanceConfig) -> dict[str, Any]:
     return {"interval": interval_of(config.guide_interval, config.guide_start), "every": config.guide_every}
 
 
+def _sag_block(network: UNetModel, config: GuidanceConfig) -> Replaceable:
+    """The block whose attention makes the mask; a ValueError names the flag, the right ones, and what is at fault."""
+    try:
+        return find_block(network, config.block_name)
+    except ValueError as error:
+        authors = (GuidanceConfig.sel_attn_block, GuidanceConfig.sel_attn_depth)
+        flag, said = "sag_block", [str(error), lost_attention(network)]
+        if not config.sag_block and (config.sel_attn_block, config.sel_attn_depth) != authors:
+            flag = "sel_attn_block, sel_attn_depth"
+        elif not config.sag_block:
+            said.append(f"give --sag_block one of them, {config.block_name} is only the default")
+        raise ValueError(f"{flag}: {'; '.join(filter(None, said))}") from None
+
+
 def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
     """Self-attention guidance of a configuration for a network, or the same with another mask."""
     reference = config.fidelity == "reference"
@@ -79,7 +94,7 @@ def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
             raise ValueError(f"fidelity: reference has the self-attention mask only, got sag_mask {config.sag_mask}")
         return MaskGuidance(masking=_masking(config), **common)
     return SelfAttentionGuidance(
-        block=find_block(network, config.block_name),
+        block=_sag_block(network, config),
         threshold=config.sag_threshold,
         reference_heads=network.num_heads if reference else None,
         **common,

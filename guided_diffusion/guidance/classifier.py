@@ -22,8 +22,34 @@ class ClassifierGradient(nn.Module):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             log_probs = F.log_softmax(self.classifier(x, t), dim=-1)
+            self._check(y, log_probs.shape[-1])
             chosen = log_probs.gather(1, y.reshape(-1, 1))
             return torch.autograd.grad(chosen.sum(), x)[0] * self.scale
+
+    @staticmethod
+    def _check(y: Tensor, classes: int) -> None:
+        """Raise a ValueError where y holds no classes; out of range only on a CPU, a GPU says it itself."""
+        wanted = f"y: wanted classes of the classifier, int64 from 0 to {classes - 1}"
+        if y.dtype is not torch.int64:
+            raise ValueError(f"{wanted}; got {str(y.dtype).removeprefix('torch.')}")
+        if y.device.type == "cpu" and not ((y >= 0) & (y < classes)).all():
+            raise ValueError(f"{wanted}; got {y.min()} to {y.max()}")
+
+
+def gradient_of(cond_fn: Callable[..., Tensor], x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+    """cond_fn(x, timesteps, **condition), also under inference mode, where nothing has a gradient.
+
+    A ValueError if it gives no tensor.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            x, timesteps = x.clone(), timesteps.clone()
+            condition = {name: part.clone() if isinstance(part, Tensor) else part for name, part in condition.items()}
+            return gradient_of(cond_fn, x, timesteps, condition)
+    gradient = cond_fn(x, timesteps, **condition)
+    if not isinstance(gradient, Tensor):
+        raise ValueError(f"cond_fn: wanted ∇ log p(y | x), a tensor of x's shape, got {type(gradient).__name__}")
+    return gradient
 
 
 def with_classifier(denoiser: Denoiser, cond_fn: Callable[..., Tensor]) -> Denoiser:
@@ -31,7 +57,7 @@ def with_classifier(denoiser: Denoiser, cond_fn: Callable[..., Tensor]) -> Denoi
 
     def denoise(x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         prediction = denoiser(x_t, t, condition)
-        gradient = cond_fn(x_t, prediction.process.network_timesteps(t), **condition)
+        gradient = gradient_of(cond_fn, x_t, prediction.process.network_timesteps(t), condition)
         return replace(prediction, log_prob_grad=gradient.float())
 
     return denoise

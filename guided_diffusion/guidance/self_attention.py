@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Prediction
-from ..networks.attention import UNHEARD, Attends, record_attention, split_legacy
+from ..networks.attention import Attends, Scores, record_attention, split_legacy
 from .base import Observation
 from .masked_blur import MaskedBlur
 from .masks import attention_mask
@@ -40,17 +40,14 @@ class SelfAttentionGuidance(MaskedBlur):
         """`corrected` (the paper) or `reference` (the authors' code)."""
         return "corrected" if self.reference_heads is None else "reference"
 
-    def record(self) -> AbstractContextManager[dict[Attends, Tensor]]:
+    def record(self) -> AbstractContextManager[Scores]:
         if self.reference_heads is None:
             return record_attention(self.block)
         return record_attention(self.block, split=partial(split_legacy, num_heads=self.reference_heads))
 
     def mask(self, step: Observation) -> Tensor:
         """M_t = 1(A_t > ψ), [N, 1, H, W] bool."""
-        heard = step.recorded[self]
-        if self.block not in heard:
-            raise ValueError(UNHEARD.format("sag_block: its attention"))
-        return attention_mask(heard[self.block], step.base.x_t.shape[2:], self.threshold)
+        return attention_mask(step.recorded[self][self.block], step.base.x_t.shape[2:], self.threshold)
 
     def degrade(self, base: Prediction, mask: Tensor) -> Tensor:
         if self.fidelity == "reference":

@@ -1,13 +1,18 @@
 """Self-attention of the UNet, the score it gives each token, the recorder of that score, and the replacer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol, runtime_checkable
+from functools import cache
+from threading import get_ident
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from ..diffusion.denoiser import hooks_seen, may_be_compiled
+from .layers import without_autocast
 
 ENTRIES_AT_A_TIME = 2**20
 """Of attention maps that exist at once: 4 MB."""
@@ -25,7 +30,10 @@ class Attends(Protocol):
     """A self-attention layer over the pixels of a feature map, of this UNet or of another library's."""
 
     def listen(self, listener: Listener) -> Sequence[RemovableHandle]:
-        """Have `listener` told at every call of the layer, until the handles are removed."""
+        """Have `listener` told at every call of the layer, until the handles are removed.
+
+        A layer that several threads may call tells it of the calls of this thread alone (`of_this_thread`).
+        """
 
 
 @runtime_checkable
@@ -33,7 +41,23 @@ class Replaceable(Attends, Protocol):
     """A self-attention layer that lets another attention take the place of its own."""
 
     def replace(self, fn: Attend) -> RemovableHandle:
-        """Have `fn` do the attention of the layer, until the handle is removed."""
+        """Have `fn` do the attention of the layer, until the handle is removed; in this thread, as `listen`."""
+
+
+@cache
+def _untraced_ident() -> Callable[[], int]:
+    return torch.compiler.disable(get_ident)
+
+
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's hook that acts in calls made by the thread that makes it, and does nothing in those of others."""
+    thread = get_ident()
+    ident = _untraced_ident() if may_be_compiled() else get_ident
+
+    def own(*args: Any) -> Any:
+        return hook(*args) if ident() == thread else None
+
+    return own
 
 
 def split_legacy(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,8 +74,20 @@ def split_new(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) over keys, in float32: [..., Q, d] and [..., T, d] to [..., Q queries, T keys]."""
-    logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+    with without_autocast(q.device):
+        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
     return logits.softmax(dim=-1)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, added in pairs, pairs of pairs and so on: rounding grows with log₂ of their number."""
+    sums: list[Tensor] = []  # of 2^k parts each, as the digits of a binary number
+    for number, part in enumerate(parts, start=1):
+        while number % 2 == 0:
+            part = sums.pop() + part
+            number //= 2
+        sums.append(part)
+    return sum(reversed(sums))
 
 
 def attention_score(q: Tensor, k: Tensor) -> Tensor:
@@ -61,11 +97,11 @@ def attention_score(q: Tensor, k: Tensor) -> Tensor:
     Only a part of one head's map exists at a time.
     """
     n, heads, tokens, _ = q.shape
-    score = torch.zeros(n, tokens, device=q.device)
     queries = max(1, ENTRIES_AT_A_TIME // (n * tokens))
+    score = torch.zeros(n, tokens, device=q.device)
     for head in range(heads):
-        for part in q[:, head].split(queries, dim=1):
-            score += attention_map(part, k[:, head]).sum(dim=1)
+        parts = q[:, head].split(queries, dim=1)
+        score += _sum(attention_map(part, k[:, head]).sum(dim=1) for part in parts)
     return score / heads
 
 
@@ -96,26 +132,45 @@ def find_block(network: nn.Module, name: str) -> Replaceable:
 
 
 UNHEARD = (
-    "{} was not heard in the pass: the blocks are of another network than was called (a deep copy? a wrapper, or "
-    "torch.compile of the whole network, which runs no hooks? compile_blocks() does)"
+    "{} was not heard in the pass: the blocks are of another network than was called (a deep copy?), or its hooks do "
+    "not run (a wrapper? torch.compile, and called before guidance was there? torch.compiler.reset() forgets that call)"
 )
 
 
-@contextmanager
-def record_attention(*blocks: Attends, split: Split | None = None) -> Iterator[dict[Attends, Tensor]]:
-    """Record the attention score of `blocks` during the network calls made inside the `with`.
+class Scores(dict[Attends, Tensor]):
+    """Attention scores [rows, h, w] by block; a ValueError says that a block was not heard."""
 
-    Yields a dict that each call of a block fills with its score: [N, h, w] float32, mean 1 (`attention_score`).
+    def __missing__(self, block: Attends) -> Tensor:
+        raise ValueError(UNHEARD.format("attention that was to be recorded"))
+
+
+def last_rows(scores: Mapping[Attends, Tensor], rows: int, of: int) -> Scores:
+    """The scores of the last `rows` rows of a pass of so many; a ValueError if another number was heard."""
+    for score in scores.values():
+        if len(score) != of:
+            raise ValueError(
+                f"attention of {len(score)} rows was heard in a pass of {of}: the denoiser calls its network for more "
+                "or other rows (guided already? give all guidances to one GuidedDenoiser)"
+            )
+    return Scores({block: score[-rows:] for block, score in scores.items()})
+
+
+@contextmanager
+def record_attention(*blocks: Attends, split: Split | None = None) -> Iterator[Scores]:
+    """Record the attention score of `blocks` during the network calls that this thread makes inside the `with`.
+
+    Yields a dict to which each call of a block adds its rows: [N, h, w] float32, mean 1 (`attention_score`).
     The network's output is not changed, and fused attention stays in use. The hooks are removed on leaving,
     also by an exception. `split` is for blocks of this UNet (`AttentionBlock.listen`).
     """
-    scores: dict[Attends, Tensor] = {}
+    scores = Scores()
     how = {} if split is None else {"split": split}
 
     def listener_of(block: Attends) -> Listener:
         @torch.no_grad()
         def listener(q: Tensor, k: Tensor, grid: tuple[int, int]) -> None:
-            scores[block] = attention_score(q, k).unflatten(1, grid)
+            score = attention_score(q, k).unflatten(1, grid)
+            scores[block] = torch.cat([scores[block], score]) if block in scores else score
 
         return listener
 
@@ -123,12 +178,13 @@ def record_attention(*blocks: Attends, split: Split | None = None) -> Iterator[d
         for block in blocks:
             for handle in block.listen(listener_of(block), **how):
                 stack.enter_context(handle)
+        stack.enter_context(hooks_seen())
         yield scores
 
 
 @contextmanager
 def replace_attention(*blocks: Replaceable, fn: Attend) -> Iterator[None]:
-    """Let `fn(q, k, v)` do the attention of `blocks` during the network calls made inside the `with`.
+    """Let `fn(q, k, v)` do the attention of `blocks` during the network calls that this thread makes inside the `with`.
 
     q, k, v are read in the block's own order of heads. The state dict is not touched; the hooks are removed on leaving,
     also by an exception. A ValueError on leaving says that a block was never called, so that nothing was replaced.
@@ -145,6 +201,7 @@ def replace_attention(*blocks: Replaceable, fn: Attend) -> Iterator[None]:
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
             stack.enter_context(block.replace(counted(number)))
+        stack.enter_context(hooks_seen())
         yield
     if len(called) < len(blocks):
         raise ValueError(UNHEARD.format("attention that was to be replaced"))

@@ -1,5 +1,6 @@
 """From settings to networks: built without memory, filled from a checkpoint, and made ready to be called."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ from ..settings.options import numbers
 from ..storage.checkpoints import load_into
 from .inspection import CHANNEL_MULTS, wrong_flags
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
+
+log = logging.getLogger(__name__)
 
 
 def _levels(image_size: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
@@ -52,9 +55,22 @@ def network_arguments(config: NetworkConfig, learn_sigma: bool) -> dict[str, Any
     }
 
 
+def lost_attention(network: UNetModel) -> str:
+    """What is to be said of attention_resolutions that no map of the network has; empty where each has one."""
+    factors = [2**level for level in range(len(network.channel_mult))]
+    lost = [factor for factor in network.attention_resolutions if factor not in factors]
+    if not lost:
+        return ""
+    there, wanted = (", ".join(str(network.image_size // factor) for factor in some) for some in (factors, lost))
+    return f"attention_resolutions: image_size {network.image_size} has maps of {there} pixels a side, none of {wanted}"
+
+
 def build_network(config: NetworkConfig, learn_sigma: bool) -> UNetModel:
-    """The UNet of a configuration, with random weights."""
-    return UNetModel(**network_arguments(config, learn_sigma))
+    """The UNet of a configuration, with random weights; a warning where it lacks attention that was asked for."""
+    network = UNetModel(**network_arguments(config, learn_sigma))
+    if said := lost_attention(network):
+        log.warning(said)
+    return network
 
 
 def upsampling(config: NetworkConfig, large_size: int, small_size: int) -> NetworkConfig:

@@ -32,9 +32,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """kind: `unet`, `super-resolution` or `classifier`; the flags that its shapes tell; its attention blocks."""
+    """kind: `unet`, `super-resolution` or `classifier`; the flags that its shapes tell; its attention blocks.
+
+    channels: of its images; the commands make networks of 3.
+    """
 
     kind: str
+    channels: int
     flags: dict[str, Any]
     attention: list[Attention]
     parameters: int
@@ -111,6 +115,28 @@ def _image_size(shapes: Shapes, channel_mult: str, levels: int) -> int | None:
     return next((size for size, known in CHANNEL_MULTS.items() if known == channel_mult), None)
 
 
+def _kind(inside: int, out: int) -> tuple[str, int, bool]:
+    """What a denoiser of these channels is, the channels of its images, and whether it predicts Σ too (learn_sigma).
+
+    An upsampler takes the small image beside x_t. One of 3 channels that predicts Σ and a denoiser of 6 that does not
+    have one shape; the published ones are the first.
+    """
+    if out == 2 * inside:
+        return "unet", inside, True
+    if 2 * out == inside:
+        return "super-resolution", out, False
+    return ("super-resolution", 3, True) if inside == out == 6 else ("unet", inside, False)
+
+
+def channels_said(channels: int) -> str:
+    """What is to be said of a checkpoint whose images have so many channels; empty for 3."""
+    return (
+        ""
+        if channels == 3
+        else f"its images have {channels} channel{'s' * (channels > 1)}, the commands make networks of 3"
+    )
+
+
 def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
     """What the tensors of these names and shapes are; a ValueError if they are no network of this family.
 
@@ -118,14 +144,14 @@ def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
     """
     found = _levels(shapes) if "time_embed.0.weight" in shapes and "input_blocks.0.0.weight" in shapes else None
     if not found:
-        raise ValueError("its tensors are those of no ADM or IDDPM network")
+        raise ValueError(f"its tensors are those of no ADM or IDDPM network, the first is {next(iter(shapes), 'none')}")
     levels, blocks = found
     channels, in_channels = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
     mult = ",".join(f"{level.width / channels:g}" for level in levels)
-    if "output_blocks.0.0.in_layers.2.weight" in shapes:
-        kind = "super-resolution" if in_channels == 6 else "unet"
-    else:
-        kind = "classifier"
+    is_classifier = "output_blocks.0.0.in_layers.2.weight" not in shapes
+    kind, image_channels, learn_sigma = (
+        ("classifier", in_channels, False) if is_classifier else _kind(in_channels, shapes["out.2.weight"][0])
+    )
     image_size = image_size or _image_size(shapes, mult, len(levels))
     ds = [2**i for i, level in enumerate(levels) if level.attention]
     attention_resolutions = ",".join(str(image_size // factor) for factor in ds) if image_size else None
@@ -134,7 +160,7 @@ def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
         "use_scale_shift_norm": shapes[hidden][0] == 2 * shapes[out][0],
         "resblock_updown": not any(name.endswith((".op.weight", ".conv.weight")) for name in shapes),
     }
-    if kind == "classifier":
+    if is_classifier:
         head = [name for name in shapes if name.startswith("out.") and name.endswith("weight")]
         classes = shapes.get("out.2.c_proj.weight") or shapes[max(head)]
         flags = {
@@ -153,7 +179,7 @@ def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
             "num_res_blocks": blocks,
             "channel_mult": mult,
             "attention_resolutions": attention_resolutions,
-            "learn_sigma": shapes["out.2.weight"][0] == 6,
+            "learn_sigma": learn_sigma,
             "class_cond": labels is not None,
             **({"num_classes": labels[0]} if labels else {}),
             **shared,
@@ -165,7 +191,9 @@ def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
         )
     ]
     parameters = sum(_product(shape) for shape in shapes.values())
-    return Checkpoint(kind, {k: v for k, v in flags.items() if v is not None}, attention, parameters, image_size)
+    return Checkpoint(
+        kind, image_channels, {k: v for k, v in flags.items() if v is not None}, attention, parameters, image_size
+    )
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -189,20 +217,23 @@ def wrong_flags(
     is_classifier = isinstance(network, ClassifierConfig)
     if (checkpoint.kind == "classifier") != is_classifier:
         return f"the file is a {checkpoint.kind}, wanted a {'classifier' if is_classifier else 'diffusion network'}"
+    told = dict(checkpoint.flags)
     given: dict[str, Any] = {**vars(network), "learn_sigma": learn_sigma}
     if isinstance(network, ClassifierConfig):
         given["classifier_channel_mult"] = network.classifier_channel_mult or CHANNEL_MULTS.get(image_size, "")
     else:
         given["channel_mult"] = network.channel_mult or CHANNEL_MULTS.get(image_size, "")
-        given["num_classes"] = network.num_classes + network.null_label
         if not network.class_cond:
             del given["num_classes"]
+        if "num_classes" in told:
+            told["num_classes"] -= network.null_label
     wrong = [
-        f"{flag} is {given[flag]}, should be {told}{_size_hint(flag, str(told))}"
-        for flag, told in checkpoint.flags.items()
-        if flag in given and not _same(given[flag], told)
+        f"{flag} is {given[flag]}, should be {right}{_size_hint(flag, str(right))}"
+        for flag, right in told.items()
+        if flag in given and not _same(given[flag], right)
     ]
-    return ", ".join(wrong)
+    said = channels_said(checkpoint.channels)
+    return ", ".join(([said] if said else []) + wrong)
 
 
 def _same(given: Any, told: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,6 +61,16 @@ def scale_module(module: nn.Module, scale: float) -> nn.Module:
     for parameter in module.parameters():
         parameter.mul_(scale)
     return module
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether layers compute in half precision there, by an outer `torch.autocast`."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which an outer `torch.autocast` changes nothing there."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:

@@ -4,7 +4,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention import Attend, Listener, Split, TokenLinear, split_legacy, split_new
+from .attention import Attend, Listener, Split, TokenLinear, of_this_thread, split_legacy, split_new
 from .layers import (
+    autocasts,
     avg_pool_nd,
     checkpoint,
     conv_nd,
@@ -213,12 +214,18 @@ class AttentionBlock(nn.Module):
         self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(num_heads)
         self.proj_out = zero_module(TokenLinear(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+    def forward(self, x: Tensor, *, attend: Attend | None = None) -> Tensor:
+        """attend: does the attention in the place of the block's own."""
+        forward = partial(self._forward, attend=attend) if attend else self._forward
+        return checkpoint(forward, (x,), self.parameters(), self.use_checkpoint)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2)
-        return x + self.proj_out(self.attention(self.qkv(tokens))).reshape(x.shape)
+    def _forward(self, x: Tensor, *, attend: Attend | None = None) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(2))
+        if attend:
+            values = attend(*self.split(qkv)).transpose(-1, -2).flatten(1, 2).to(qkv.dtype)
+        else:
+            values = self.attention(qkv)
+        return x + self.proj_out(values).reshape(x.shape)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `attention` is given, [N, 3·C, T], as q, k, v of [N, heads, T, d]."""
@@ -231,19 +238,23 @@ class AttentionBlock(nn.Module):
         def see(_block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             grid[:] = inputs[0].shape[2:]
 
-        def hear(_attention: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
-            q, k, _ = (split or self.split)(inputs[0])
+        def hear(_qkv: nn.Module, _inputs: tuple[Tensor], qkv: Tensor) -> None:
+            q, k, _ = (split or self.split)(qkv)
             listener(q, k, tuple(grid))
 
-        return [self.register_forward_pre_hook(see), self.attention.register_forward_hook(hear)]
+        return [
+            self.register_forward_pre_hook(of_this_thread(see)),
+            self.qkv.register_forward_hook(of_this_thread(hear)),
+        ]
 
     def replace(self, fn: Attend) -> RemovableHandle:
         """As `Replaceable.replace`."""
 
-        def hook(_attention: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            return fn(*self.split(inputs[0])).transpose(-1, -2).flatten(1, 2).to(output.dtype)
+        # An argument, not a hook on `attention`: so it is there also where `checkpoint` computes again.
+        def attend(_block: nn.Module, inputs: tuple[Tensor, ...], _more: dict[str, Any]) -> Any:
+            return inputs, {"attend": fn}
 
-        return self.attention.register_forward_hook(hook)
+        return self.register_forward_pre_hook(of_this_thread(attend), with_kwargs=True)
 
 
 class AttentionPool2d(nn.Module):
@@ -295,6 +306,22 @@ class _Network(nn.Module):
     @dtype.setter
     def dtype(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
+
+    def _embed(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The timesteps' embeddings, [N, 4 · model_channels]; a ValueError where precisions do not go together."""
+        embedding = timestep_embedding(timesteps, self.model_channels)
+        if not autocasts(x.device):
+            for name, wanted, got in (
+                ("weights", embedding, next(self.time_embed.parameters(), embedding)),
+                ("x", next(self.out.parameters(), x), x),
+            ):
+                if got.dtype is not wanted.dtype:
+                    kinds = [str(part.dtype).removeprefix("torch.") for part in (wanted, got)]
+                    raise ValueError(
+                        f"{name}: wanted {kinds[0]}, got {kinds[1]}; half precision is "
+                        "network.convert_to(torch.bfloat16), which leaves input, embeddings and output in float32"
+                    )
+        return self.time_embed(embedding)
 
     def convert_to(self, dtype: torch.dtype) -> None:
         """Compute the torso in float16 (GPU only) or bfloat16; embeddings, normalisation and output stay in float32."""
@@ -438,12 +465,27 @@ class UNetModel(_Network):
             normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
         )
 
+    def _embedded(self, y: Tensor, rows: int) -> Tensor:
+        """The embeddings of labels; a ValueError where they are none (out of range: on a CPU, a GPU says it itself)."""
+        wanted = f"y: wanted classes, int64 from 0 to {self.num_classes - 1}, one for {rows} rows or for each"
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{wanted}; got {type(y).__name__}")
+        if y.dtype not in (torch.int64, torch.int32) or y.shape not in ((), (1,), (rows,)):
+            raise ValueError(f"{wanted}; got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
+        try:
+            return self.label_emb(y)
+        except IndexError:
+            raise ValueError(f"{wanted}; got {y.min()} to {y.max()}") from None
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        factor, sides = 2 ** (len(self.channel_mult) - 1), x.shape[3 if self.dims == 3 else 2 :]
+        if any(side % factor for side in sides):
+            raise ValueError(f"x: wanted sides that are multiples of {factor}, got {'×'.join(map(str, sides))}")
         if (y is None) != (self.num_classes is None):
             raise ValueError("labels y go with a class-conditional network, and only with one")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        emb = self._embed(x, timesteps)
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + self._embedded(y, len(x))
         h = x.type(self.dtype)
         skips = []
         for block in self.input_blocks:
@@ -533,7 +575,7 @@ class EncoderUNetModel(_Network):
             raise ValueError(f"classifier_pool: {pool!r} is none of adaptive, attention, spatial, spatial_v2")
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        emb = self._embed(x, timesteps)
         h = x.type(self.dtype)
         means = []
         for block in [*self.input_blocks, self.middle_block]:

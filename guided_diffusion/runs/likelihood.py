@@ -137,7 +137,7 @@ def measure(
         made_of = json.loads(job.share(f"{key}/identity", json.dumps(made_of)))
         store = Measurements(config.out_dir, made_of, count, config.batch_size, diffusion.num_timesteps)
         if job.rank == 0:
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 stack.enter_context(store.lock())
                 store.sweep()
                 todo = store.missing_of(images, order)
@@ -149,13 +149,15 @@ def measure(
             with exit_on_bad_input():
                 known_by = which(images, indices)
             measured = _bound(images, indices, network, diffusion, config, progress)
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 store.write_arrays(number, measured | known_by, diffusion.num_timesteps, maker)
         progress.close()
         result = None
         if job.rank == 0:
-            with exit_on_bad_input():
-                result = _result(store, settings, {"of": len(images), "drawn": config.draw and count < len(images)})
+            with exit_on_bad_input("out_dir"):
+                drawn = config.draw and count < len(images)
+                about = {"of": len(images), "classes": len(images.class_names), "drawn": drawn}
+                result = _result(store, settings, about)
         job.leave_together(f"{key}/finished")
     return result
 

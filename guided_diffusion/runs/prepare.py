@@ -108,7 +108,9 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
         line += f"\nfrom {len(images)} given images: the last {diffusion.num_timesteps} of {steps} steps"
     condition_of, cond_fn = unconditional, None
     if by_classifier:
-        line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if by_classifier.on else 'off'}"
+        missing = by_classifier.classifier_guidance is None and not by_classifier.classifier_path
+        off = "off, no classifier_path is given" if missing else "off"
+        line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if by_classifier.on else off}"
         cond_fn = _classifier_gradient(configs, device, weights) if by_classifier.on else None
     if about.class_cond or cond_fn:
         has_null = about.class_cond and about.null_label and not cond_fn

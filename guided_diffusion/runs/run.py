@@ -64,7 +64,7 @@ def run(
         stack.enter_context(signals.handled())
         todo: list[int] = []
         if job.rank == 0:
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 stack.enter_context(store.lock())
                 # What is watched is made anew: of samples that are there, nothing can be seen.
                 if config.overwrite and (observe or not store.begun_by_this_job()):
@@ -95,12 +95,12 @@ def run(
         for number in job.turns(key, todo, wait):
             with memory_said(batch_size):
                 shard = make_shard(pipeline, store.indices(number), batch_size, watch)
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 store.write(number, shard, maker)
             signals.stop_if_asked(shard_is_done=True)
         progress.close()
         if job.rank == 0:
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 made = store.merge()
             about["network_evaluations_per_sample"] = sum(each.evaluations * each.samples for each in made) / sum(
                 each.samples for each in made
@@ -110,7 +110,7 @@ def run(
             about["seconds"] = round(time.perf_counter() - started, 3)
             _write_rest(store, settings, about)
             if config.png:
-                with exit_on_bad_input():
+                with exit_on_bad_input("out_dir"):
                     _write_pngs(store, job, f"{key}/pngs", config.log_json)
             if differs := what_differs(about["made_by"]):
                 sys.stderr.write(f"{differs}\n")

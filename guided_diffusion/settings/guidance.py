@@ -16,12 +16,12 @@ class GuidanceConfig:
     sag_mask: str = option(
         "self-attention",
         "what is blurred: self-attention, or for comparison global, high-frequency, random, square, or a FILE.npz with "
-        "an array `maps` [M, h, w] for samples 0 … M − 1, round and round: float32 (the highest) or bool (as it is)",
+        "an array `maps` [M, h, w] for samples 0 … M − 1, round and round: floats (the highest) or bool (as it is)",
         path=".npz",
         later=True,
     )
     sag_mask_share: float = option(
-        0.4, "share of the image that the masks high-frequency, random, square and float32 maps cover", later=True
+        0.4, "share of the image that the masks high-frequency, random, square and maps of floats cover", later=True
     )
     sel_attn_block: str = option("output", "the authors' way to name the block: input, middle or output")
     sel_attn_depth: int = option(8, "and its number, where sag_block is not given")
@@ -100,6 +100,10 @@ class ClassifierGuidanceConfig:
     @property
     def on(self) -> bool:
         if self.classifier_guidance is None:
+            if not self.classifier_path and self.classifier_scale not in (0, type(self).classifier_scale):
+                raise ValueError(
+                    f"classifier_path: classifier_scale {self.classifier_scale:g} needs a classifier's weights"
+                )
             return bool(self.classifier_path) and self.classifier_scale != 0
         if self.classifier_guidance and not self.classifier_path:
             raise ValueError("classifier_path: classifier_guidance needs the weights of a classifier")

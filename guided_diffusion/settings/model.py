@@ -1,16 +1,24 @@
 """The settings of networks, diffusion and guidance: what upstream's, the authors' and our flags are called."""
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .options import option
 
 NUM_CLASSES = 1000
 
 
+def check_heads(flag: str, value: int) -> None:
+    """Raise a ValueError for a number of heads, or of their channels, that is neither one nor −1, left to others."""
+    if value < 1 and value != -1:
+        raise ValueError(f"{flag}: wanted 1 or more, or -1, got {value}")
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """network (as the checkpoint was trained)"""
+
+    least_classes = 1  # no field
 
     image_size: int = option(64, "side of the images in pixels")
     num_channels: int = option(128, "channels of the first level")
@@ -32,8 +40,28 @@ class NetworkConfig:
 
     def __post_init__(self):
         for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+            least = self.least_classes if name == "num_classes" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: wanted {least} or more, got {getattr(self, name)}")
+        for name in ("num_head_channels", "num_heads_upsample"):
+            check_heads(name, getattr(self, name))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: wanted a share from 0 to less than 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class TrainedNetworkConfig(NetworkConfig):
+    """network"""
+
+    least_classes = 0  # no field
+
+    num_classes: int = option(0, "number of classes, where class_cond; 0: as many as data_dir has")
+
+    def of(self, classes: int) -> "TrainedNetworkConfig":
+        """The settings for a folder of so many classes; a ValueError if they are more than the network's."""
+        if classes > self.num_classes > 0:
+            raise ValueError(f"num_classes: {self.num_classes}, but data_dir has {classes} classes")
+        return replace(self, num_classes=self.num_classes or classes or NUM_CLASSES)
 
 
 @dataclass(frozen=True)

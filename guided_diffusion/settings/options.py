@@ -8,7 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,15 @@ def is_path(field: dataclasses.Field, value: Any) -> bool:
     """Whether the value of a setting names a file to read."""
     path = field.metadata["path"]
     return bool(value) and (path is True or (bool(path) and str(value).endswith(path)))
+
+
+def check_paths(*groups: Any) -> None:
+    """Raise a ValueError for a setting that names a local file or folder that is not there."""
+    for group in groups:
+        for field in dataclasses.fields(group):
+            path = getattr(group, field.name)
+            if is_path(field, path) and "://" not in str(path) and not os.path.exists(path):
+                raise ValueError(f"{field.name}: no such file or folder {path!r}")
 
 
 def later_defaults(*groups: type) -> dict[str, Any]:
@@ -118,6 +127,31 @@ OTHER_NAMES = {
 }
 """Flags that say the same in another way: a later layer's one replaces an earlier layer's other."""
 
+ELSEWHERE = {
+    "num_inference_steps": ("steps", "timestep_respacing"),
+    "ddim_steps": ("steps", "timestep_respacing"),
+    "num_images_per_prompt": ("num_images",),
+    "n_samples": ("num_images", "num_samples"),
+    "guidance_scale": ("cfg_scale, which is guidance_scale − 1",),
+    "cfg_scale": ("guidance_scale, which is 1 + cfg_scale",),
+    "eta": ("ddim_eta",),
+    "sampler": ("scheduler",),
+    "pretrained_model_name_or_path": ("model", "model_path"),
+    "model_id": ("model", "model_path"),
+    "model_path": ("model",),
+    "ckpt": ("model", "model_path"),
+    "checkpoint": ("model", "model_path"),
+    "torch_dtype": ("dtype", "use_fp16"),
+    "mask_image": ("image_mask",),
+    "output_dir": ("out_dir",),
+    "outdir": ("out_dir",),
+    "resolution": ("image_size",),
+    "learning_rate": ("lr",),
+    "train_batch_size": ("batch_size",),
+    "train_data_dir": ("data_dir",),
+}
+"""What other tools call our settings, each with the names of ours that it may be and what is to be said of them."""
+
 NOTES = {"paper", "published"}
 """Keys of a configuration file that are for people and tables, not flags."""
 
@@ -132,14 +166,24 @@ def _fields(groups: tuple[type, ...], without: Container[str] = ()) -> dict[str,
     return found
 
 
-def _hint(key: str, fields: Iterable[str], flag: str = "") -> str:
-    """What to say of an unknown key: whose it is, or which is near. flag: how keys begin that are typed as flags."""
+def _hint(key: str, fields: Mapping[str, Any], flag: str = "") -> str:
+    """What to say of an unknown key: what it is here, whose it is, or which is near. flag: how flags begin."""
     from .scripts import whose  # its groups of settings are made with this module
 
+    def named(name: str) -> str:
+        return f"{flag}{name}" if flag else repr(name)
+
+    key = key.replace("-", "_")
+    if key in fields:
+        return f"; did you mean {named(key)}?"
+    for known in ELSEWHERE.get(key, ()):
+        name, comma, remark = known.partition(",")
+        if name in fields:
+            return f"; did you mean {named(name)}{comma}{remark}?"
     if scripts := whose(key):
         return f"; it is of {scripts}"
     near = difflib.get_close_matches(key, fields, n=1)
-    return f"; did you mean {f'{flag}{near[0]}' if flag else repr(near[0])}?" if near else ""
+    return f"; did you mean {named(near[0])}?" if near else ""
 
 
 def _check_finite(key: str, value: Any, infinite: bool) -> None:
@@ -254,12 +298,18 @@ def _from_folder(folder: str, values: dict[str, Any], groups: tuple[type, ...]) 
 
 
 @contextmanager
-def exit_on_bad_input() -> Iterator[None]:
-    """Turn a ValueError or OSError inside into `BadInput`: for what the user gave."""
+def exit_on_bad_input(flag: str = "") -> Iterator[None]:
+    """Turn a ValueError or OSError inside into `BadInput`: for what the user gave.
+
+    flag: that gave the files of an OSError.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise BadInput(" ".join(str(error).split())) from None
+        said = str(error)
+        if flag and isinstance(error, OSError):
+            said = f"{flag}: {error.filename}: {error.strerror}" if error.filename else f"{flag}: {error}"
+        raise BadInput(" ".join(said.split())) from None
 
 
 def resolved(*groups: Any) -> dict[str, Any]:

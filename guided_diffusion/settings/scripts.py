@@ -4,9 +4,16 @@ from collections.abc import Container
 from dataclasses import fields
 from typing import NamedTuple
 
-from .analysis import ReportConfig
+from .analysis import NoiseGainConfig, ReportConfig
 from .guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
-from .model import OF_OTHER_SIZES, ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResolutionConfig
+from .model import (
+    OF_OTHER_SIZES,
+    ClassifierConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    SuperResolutionConfig,
+    TrainedNetworkConfig,
+)
 from .runs import LikelihoodConfig, SamplingConfig, UpsamplingConfig
 from .stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
 from .training import ClassifierTrainingConfig, TrainingConfig
@@ -20,6 +27,7 @@ class Script(NamedTuple):
 
 
 MODEL = (NetworkConfig, DiffusionConfig)
+TRAINED = (TrainedNetworkConfig, DiffusionConfig)
 GUIDANCE = (GuidanceConfig, OtherGuidanceConfig)
 OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
 """Settings of networks that are none of a classifier's."""
@@ -32,10 +40,11 @@ SCRIPTS = {
         (*OF_OTHER_SIZES, "labels", "balanced_labels", "init_image", "strength"),
     ),
     "stable_diffusion_sample": Script((StableDiffusionConfig, LatentGuidanceConfig)),
-    "image_train": Script((TrainingConfig, *MODEL)),
-    "classifier_train": Script((ClassifierTrainingConfig, ClassifierConfig, *MODEL), OF_OTHER_NETWORKS),
-    "super_res_train": Script((TrainingConfig, SuperResolutionConfig, *MODEL), OF_OTHER_SIZES),
+    "image_train": Script((TrainingConfig, *TRAINED)),
+    "classifier_train": Script((ClassifierTrainingConfig, ClassifierConfig, *TRAINED), OF_OTHER_NETWORKS),
+    "super_res_train": Script((TrainingConfig, SuperResolutionConfig, *TRAINED), OF_OTHER_SIZES),
     "image_nll": Script((LikelihoodConfig, *MODEL)),
+    "noise_gain": Script((NoiseGainConfig, SamplingConfig, *GUIDANCE, *MODEL)),
     "attention_report": Script((ReportConfig, SamplingConfig, *GUIDANCE, *MODEL)),
 }
 

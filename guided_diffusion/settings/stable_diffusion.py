@@ -45,6 +45,13 @@ PRESETS = {
 """Hyper-parameters of self-attention guidance: the paper's rule, and that of diffusers' own pipeline."""
 
 
+def check_names(scheduler: str, spacing: str) -> None:
+    """Raise a ValueError for a name that is not known; empty is."""
+    for key, name, known in (("scheduler", scheduler, SCHEDULERS), ("spacing", spacing, SPACINGS)):
+        if name and name not in known:
+            raise ValueError(f"{key}: {name!r} is none of {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class StableDiffusionConfig(RunConfig):
     """Stable Diffusion"""
@@ -86,6 +93,7 @@ class StableDiffusionConfig(RunConfig):
             raise ValueError(f"guidance_scale: wanted a finite number, got {self.guidance_scale}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: wanted {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_names(self.scheduler, self.spacing)
 
 
 @dataclass(frozen=True)

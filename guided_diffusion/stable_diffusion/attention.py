@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..networks.attention import Listener
+from ..networks.attention import Listener, of_this_thread
 from ..settings.stable_diffusion import MIDDLE
 
 
@@ -43,8 +43,8 @@ class TransformerAttention:
             listener(q, k, tuple(grid))
 
         return [
-            self.around.register_forward_pre_hook(see, with_kwargs=True),
-            self.layer.register_forward_pre_hook(hear, with_kwargs=True),
+            self.around.register_forward_pre_hook(of_this_thread(see), with_kwargs=True),
+            self.layer.register_forward_pre_hook(of_this_thread(hear), with_kwargs=True),
         ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import Prediction
 from ..diffusion.process import NoiseLevels
 from ..guidance.base import Observation
-from ..networks.attention import record_attention
+from ..networks.attention import last_rows, record_attention
 from ..settings.stable_diffusion import MIDDLE
 from .sampling import latent_guidance
 from .schedulers import mean_type, noise_levels
@@ -117,7 +117,7 @@ class SelfAttentionGuider(BaseGuidance):
         # What x_t is, before it is known what the network makes of it.
         blank = Prediction(unit, x, t, {}, x, x, predicts=mean_type(self.scheduler))
         seen.base = blank.with_output(seen.output.float())
-        mask = seen.sag.mask(Observation(seen.base, {seen.sag: seen.scores}))
+        mask = seen.sag.mask(Observation(seen.base, {seen.sag: last_rows(seen.scores, len(x), len(x))}))
         x_hat = seen.sag.degrade(seen.base, mask)
         seen.degraded = Prediction(unit, x_hat, t, {}, x_hat, x_hat, predicts=blank.predicts)
         return torch.cat([x_hat.to(given.dtype), given[:, x.shape[1] :]], dim=1)

@@ -17,6 +17,12 @@ COMPONENTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
 INPAINTING_CHANNELS = 9
 
+UNREAD = {
+    "unet": ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"),
+    "vae": ("shift_factor",),
+}
+"""Keys of configurations that ask for what is not done here."""
+
 
 @dataclass(frozen=True, eq=False)
 class StableDiffusion:
@@ -94,15 +100,26 @@ class StableDiffusion:
             condition["added_cond_kwargs"]["text_embeds"].zero_()
         return condition
 
+    def _moments(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The mean of what the VAE encodes to and its standard deviation in units of `scaling_factor`, by channel."""
+        moments = self.vae.config.latents_mean, self.vae.config.latents_std
+        if None in moments:
+            return 0.0, 1.0
+        mean, std = (torch.tensor(values).to(like).reshape(1, -1, 1, 1) for values in moments)
+        return mean, std
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [N, C, h, w] to images [N, 3, H, W], about [−1, 1]."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        mean, std = self._moments(latents)
+        return self.vae.decode(latents * std / self.vae.config.scaling_factor + mean, return_dict=False)[0]
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [−1, 1] to latents [N, C, h, w], the likeliest ones."""
-        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
+        encoded = self.vae.encode(images).latent_dist.mode()
+        mean, std = self._moments(encoded)
+        return (encoded - mean) * self.vae.config.scaling_factor / std
 
     @torch.no_grad()
     def inpainting(self, picture: Tensor, mask: Tensor) -> Tensor:
@@ -123,6 +140,17 @@ def load(
     configurations, tokenizer and scheduler of such a model. dtype: of the UNet; text encoders and VAE stay in float32.
     A ValueError says what is missing or damaged.
     """
+    file = Path(path) if path.endswith(".safetensors") else None
+    folder = Path(config if file else path)
+    if file and not file.is_file():
+        raise ValueError(f"model: no such file {path!r}")
+    if bool(config) != bool(file):
+        raise ValueError("model, model_config: a folder of configurations goes with a single .safetensors file")
+    if not folder.is_dir():
+        what = "not a folder, nor a .safetensors file:" if folder.is_file() else "no such folder"
+        raise ValueError(f"model: {what} {str(folder)!r}")
+    for name in (*COMPONENTS, "text_encoder", "tokenizer", "scheduler"):
+        _part(folder, name)
     try:
         import diffusers
         import transformers
@@ -133,14 +161,6 @@ def load(
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-    file = Path(path) if path.endswith(".safetensors") else None
-    folder = Path(config if file else path)
-    if file and not file.is_file():
-        raise ValueError(f"model: no such file {path!r}")
-    if bool(config) != bool(file):
-        raise ValueError("model, model_config: a folder of configurations goes with a single .safetensors file")
-    if not folder.is_dir():
-        raise ValueError(f"model: no such folder {str(folder)!r}")
     network, encoder = (_from_folder, _from_folder) if file is None else (_part_of(file), _text_part_of(file))
     unet, vae = (network(folder, name, getattr(diffusers, kind)) for name, kind in COMPONENTS.items())
     encoders = [encoder(folder, "text_encoder", transformers.CLIPTextModel)]
@@ -152,6 +172,17 @@ def load(
         raise ValueError(
             f"model: {folder / 'unet'}: in_channels: wanted {vae.config.latent_channels} or {INPAINTING_CHANNELS} "
             f"(inpainting), got {unet.config.in_channels}"
+        )
+    for name, part in (("unet", unet), ("vae", vae)):
+        for key in UNREAD[name]:
+            if part.config.get(key) is not None:
+                raise ValueError(
+                    f"model: {folder / name}: {key}: such networks are not read; wanted none, got {part.config[key]!r}"
+                )
+    if unet.config.addition_embed_type not in (None, "text_time"):
+        raise ValueError(
+            f"model: {folder / 'unet'}: addition_embed_type: wanted none or text_time (SDXL), got "
+            f"{unet.config.addition_embed_type!r}"
         )
     for network in (unet, vae, *encoders):
         network.to(device).float().eval().requires_grad_(False)

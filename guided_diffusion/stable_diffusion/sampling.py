@@ -64,7 +64,7 @@ def read_prompts(config: StableDiffusionConfig) -> list[str]:
     if not config.prompts:
         return [config.prompt]
     try:
-        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(config.prompts).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts: {config.prompts}: cannot be read ({type(error).__name__})") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -89,7 +89,7 @@ class LatentPipeline:
     guidances: beside classifier-free guidance, which is the configuration's.
     """
 
-    samples_version: ClassVar[int] = 1
+    samples_version: ClassVar[int] = 2
 
     config: StableDiffusionConfig
     model: StableDiffusion
@@ -200,25 +200,29 @@ class LatentPipeline:
             parts.append(f"from {len(self.init_images)} given images: {made}")
         parts.append(f"classifier-free guidance: {config.guidance_scale:g}" if config.guidance_scale != 1 else "no CFG")
         if not self.guidances:
-            return "; ".join([*parts, "self-attention guidance: off"])
-        [sag] = self.guidances
-        steps = sag.interval.steps(self.num_steps)
-        parts.append(
-            f"self-attention guidance: s = {sag.scale:g}, ψ = {sag.threshold:g}, σ = {sag.blur_sigma:g} in "
-            f"{sag.space}, {steps} of {self.num_steps} calls"
+            parts.append("self-attention guidance: off")
+        return "; ".join([*parts, *map(self._describe, self.guidances)])
+
+    def _describe(self, guidance: Guidance) -> str:
+        calls = f"{guidance.interval.steps(self.num_steps)} of {self.num_steps} calls"
+        if not isinstance(guidance, SelfAttentionGuidance):
+            return f"{type(guidance).__name__}: s = {guidance.scale:g}, {calls}"
+        return (
+            f"self-attention guidance: s = {guidance.scale:g}, ψ = {guidance.threshold:g}, σ = {guidance.blur_sigma:g} "
+            f"in {guidance.space}, {calls}"
         )
-        return "; ".join(parts)
 
     def comparison(self, count: int) -> np.ndarray:
-        """The first samples without self-attention guidance, their masks, and with it, as one picture."""
-        [sag] = self.guidances
-        indices, finals, selected, guided_steps = range(count), [], 0.0, 0
+        """The first samples without `guidances`, where those of self-attention blur, and with them, as one picture."""
+        by_attention = [guidance for guidance in self.guidances if isinstance(guidance, SelfAttentionGuidance)]
+        indices, finals, selected, masks = range(count), [], 0.0, 0
         for pipeline in (replace(self, guidances=()), self):
             for state, guided in pipeline.trajectory(indices):
-                if sag in guided.last_step.recorded:
-                    selected = selected + sag.mask(guided.last_step)[:, 0].float()
-                    guided_steps += 1
+                for sag in by_attention:
+                    if sag in guided.last_step.recorded:
+                        selected = selected + sag.mask(guided.last_step)[:, 0].float()
+                        masks += 1
             finals.append(pictures.to_uint8(self.images(state.x)))
-        share = (selected / max(1, guided_steps)) + torch.zeros(count, *state.x.shape[2:], device=state.x.device)
+        share = (selected / max(1, masks)) + torch.zeros(count, *state.x.shape[2:], device=state.x.device)
         pixels = share.repeat_interleave(self.model.factor, 1).repeat_interleave(self.model.factor, 2)
         return pictures.comparison(finals[0], pixels.cpu().numpy(), finals[1])

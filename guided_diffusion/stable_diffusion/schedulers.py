@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.denoiser import Condition, Denoiser, ModelMeanType
 from ..diffusion.process import NoiseLevels
 from ..diffusion.samplers import State
-from ..settings.stable_diffusion import SCHEDULERS, SPACINGS
+from ..settings.stable_diffusion import SCHEDULERS, SPACINGS, check_names
 
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
@@ -21,13 +21,27 @@ PREDICTIONS = {
     "v_prediction": ModelMeanType.VELOCITY,
 }
 
+STRIDES = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", "PNDMScheduler")
+"""Classes whose steps are all T // steps long, whatever the distance of their timesteps."""
+
+REFUSED = {
+    "KDPM2AncestralDiscreteScheduler": "scales the network's input by another noise level than it steps by",
+    "DPMSolverMultistepInverseScheduler": "makes noise of images, not images of noise",
+}
+"""Classes that cannot sample, and why."""
+
 
 def mean_type(scheduler: Any) -> ModelMeanType:
     """What the network of this scheduler predicts; a ValueError for kinds that are not diffusion of ε, x_0 or v."""
-    kind = scheduler.config.prediction_type
-    if kind not in PREDICTIONS:
-        raise ValueError(f"scheduler: prediction_type: wanted {', '.join(PREDICTIONS)}, got {kind!r}")
-    return PREDICTIONS[kind]
+    name, kind = type(scheduler).__name__, type(scheduler)
+    if hasattr(kind, "precondition_outputs"):
+        raise ValueError(f"scheduler: {name} preconditions (EDM): what its network puts out is none of ε, x_0 and v")
+    if not hasattr(kind, "add_noise") or "prediction_type" not in inspect.signature(kind).parameters:
+        raise ValueError(f"scheduler: {name} is none of diffusion of ε, x_0 or v (flow matching, for one, is not)")
+    predicts = scheduler.config.prediction_type
+    if predicts not in PREDICTIONS:
+        raise ValueError(f"scheduler: {name}: prediction_type: wanted {', '.join(PREDICTIONS)}, got {predicts!r}")
+    return PREDICTIONS[predicts]
 
 
 def choose_scheduler(own: Any, name: str = "", spacing: str = "") -> Any:
@@ -37,19 +51,15 @@ def choose_scheduler(own: Any, name: str = "", spacing: str = "") -> Any:
     """
     import diffusers
 
-    if name and name not in SCHEDULERS:
-        raise ValueError(f"scheduler: {name!r} is none of {', '.join(SCHEDULERS)}")
-    if spacing and spacing not in SPACINGS:
-        raise ValueError(f"spacing: {spacing!r} is none of {', '.join(SPACINGS)}")
+    check_names(name, spacing)
+    mean_type(own)  # another class would read the same network in another way
     kind, settings = type(own), {}
     if name:
         class_name, settings = SCHEDULERS[name]
         kind = getattr(diffusers, class_name)
     known = inspect.signature(kind).parameters
-    if kind.__name__ == "KDPM2AncestralDiscreteScheduler":
-        raise ValueError(
-            f"scheduler: {kind.__name__} scales the network's input by another noise level than it steps by"
-        )
+    if kind.__name__ in REFUSED:
+        raise ValueError(f"scheduler: {kind.__name__} {REFUSED[kind.__name__]}")
     if spacing and not SPACINGS[spacing].keys() <= known.keys():
         can = ", ".join(name for name, needs in SPACINGS.items() if needs.keys() <= known.keys())
         raise ValueError(f"spacing: {kind.__name__} has no {spacing}; it has {can}")
@@ -59,7 +69,13 @@ def choose_scheduler(own: Any, name: str = "", spacing: str = "") -> Any:
     # Latents are not in [−1, 1]; some classes clip unless told.
     if "clip_sample" in known:
         settings = settings | {"clip_sample": False}
-    return kind.from_config(own.config, **settings)
+    chosen = kind.from_config(own.config, **settings)
+    if kind.__name__ in STRIDES and chosen.config.timestep_spacing == "linspace":
+        raise ValueError(
+            f"spacing: {kind.__name__} makes steps of another length than linspace has; give --spacing leading or "
+            "trailing"
+        )
+    return chosen
 
 
 def start(scheduler: Any, steps: int, device: torch.device | str = "cpu", made: int | None = None) -> Any:
@@ -68,10 +84,19 @@ def start(scheduler: Any, steps: int, device: torch.device | str = "cpu", made: 
     made: of these, make the last so many only.
     """
     fresh = type(scheduler).from_config(scheduler.config)
+    name, trained = type(fresh).__name__, fresh.config.num_train_timesteps
+    if steps > trained:
+        raise ValueError(f"steps: {name} cannot make {steps} steps: its network was trained on {trained}")
     try:
         fresh.set_timesteps(steps, device=device)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"steps: {type(fresh).__name__} cannot make {steps} steps ({error})") from None
+        raise ValueError(f"steps: {name} cannot make {steps} steps ({error})") from None
+    first = float(fresh.timesteps.max())
+    if not trained / 2 <= first <= trained - 1:
+        raise ValueError(
+            f"steps: {name} begins {steps} steps at timestep {first:g}, of 0 to {trained - 1}, the last of which is "
+            "noise; give --spacing trailing"
+        )
     skipped = 0 if made is None else steps - made
     if hasattr(fresh, "set_begin_index"):
         fresh.set_begin_index(skipped * fresh.order)

@@ -17,6 +17,15 @@ from .files import write_atomically
 
 StateDict = dict[str, Tensor]
 
+WRAPPERS = ("module.", "_orig_mod.", "model.", "ema_model.", "diffusion_model.")
+"""What data parallelism, torch.compile, Lightning, ema-pytorch and latent diffusion write before every name."""
+
+SAFETENSORS = re.compile(rb"....\0\0\0\0\{", re.DOTALL)
+"""How such a file begins: the length of a header, which is JSON."""
+
+MORE = re.compile(r"GLOBAL ([\w.]{1,80})")
+"""What in torch.load's message names an object that is no tensor."""
+
 log = logging.getLogger(__name__)
 
 
@@ -26,7 +35,7 @@ def save_atomically(state: Any, path: str | Path) -> None:
 
 
 def load_state_dict(path: str) -> StateDict:
-    """Tensors by name from a file of weights, as `load`; a wrapper (`{"state_dict": …}`) and `module.` are taken off.
+    """Tensors by name from a file of weights, as `load`; wrappers (`{"state_dict": …}`, `WRAPPERS`) are taken off.
 
     Tensors may be mapped from the file: copy them before the file changes.
     """
@@ -34,11 +43,11 @@ def load_state_dict(path: str) -> StateDict:
 
 
 def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """What a `.pt` (zip or older format, `weights_only`) or `.safetensors` file holds, as it is.
+    """What a file of torch's (zip or older format, `weights_only`) or of safetensors' holds, as it is.
 
-    path: local or an address (`https://`, `gs://`, …), which is fetched once into the cache. map_location: as
-    torch.load's; of a `.safetensors` file a device. mmap: leave a `.pt` file's tensors on disk until they are used.
-    A ValueError says in one sentence what is wrong.
+    path: local or an address (`https://`, `gs://`, …), which is fetched once into the cache; the first bytes tell the
+    format. map_location: as torch.load's; of safetensors a device. mmap: leave the tensors of a file of torch's on
+    disk until they are used. A ValueError says in one sentence what is wrong.
     """
     file = local_path(path)
     try:
@@ -52,7 +61,9 @@ def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
     if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
         raise ValueError(f"{path}: a web page, not a checkpoint; its download failed")
-    return _load_safetensors(file, map_location) if path.endswith(".safetensors") else read_pt(file, map_location, mmap)
+    if SAFETENSORS.match(head) or path.endswith(".safetensors"):
+        return _load_safetensors(file, map_location)
+    return read_pt(file, map_location, mmap)
 
 
 def _load_safetensors(file: Path, device: torch.device | str) -> StateDict:
@@ -73,7 +84,8 @@ def read_pt(file: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
         if "map_location" in str(error):  # the device that was asked for is not there
             raise
         # torch.load reports foreign, truncated and hostile files by many types; all mean the same to the user.
-        hint = "it holds more than tensors" if "weights_only" in str(error) else "truncated, or another format"
+        more = MORE.search(str(error))
+        hint = f"it holds more than tensors: {more[1]}" if more else "truncated, or another format"
         raise ValueError(f"{file}: not a checkpoint of tensors ({hint})") from None
     raise ValueError(f"{file}: damaged, the checksum of {damaged} does not match")
 
@@ -95,11 +107,22 @@ def _state_of(loaded: Any, path: str) -> StateDict:
             loaded = loaded[wrapped[0]]
         elif wrapped:
             raise ValueError(f"{path}: holds several networks ({', '.join(wrapped)}); save the one you mean by itself")
-    if not _is_state(loaded):
-        raise ValueError(f"{path}: not a state dict: wanted a tensor for every name")
-    if all(name.startswith("module.") for name in loaded):
-        loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    if not isinstance(loaded, dict) or not loaded:
+        raise ValueError(f"{path}: not a state dict: wanted tensors by name, got {_kind(loaded)}")
+    for name, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path}: not a state dict: wanted a tensor for every name, got {_kind(value)} for {name!r}"
+            )
+    # ema-pytorch's has counters, and maybe the network as trained, beside the average.
+    loaded = {name: tensor for name, tensor in loaded.items() if str(name).startswith("ema_model.")} or loaded
+    while prefix := next((prefix for prefix in WRAPPERS if all(str(name).startswith(prefix) for name in loaded)), ""):
+        loaded = {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
     return loaded
+
+
+def _kind(value: Any) -> str:
+    return f"a{'n' if type(value).__name__[0] in 'aeiou' else ''} {type(value).__name__}"
 
 
 def _beside(file: Path, *beginnings: str) -> str:

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import blobfile as bf
 import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import DTypeLike
 
 
 def is_address(path: str | Path) -> bool:
@@ -102,8 +103,10 @@ def _sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
-def read_arrays(file: BinaryIO, wanted: dict[str, tuple[np.dtype, tuple[int | None, ...]]]) -> dict[str, np.ndarray]:
-    """The arrays of these names, dtypes and shapes (None: any length) from an npz, and nothing else.
+def read_arrays(
+    file: BinaryIO, wanted: dict[str, tuple[DTypeLike | Sequence[DTypeLike], tuple[int | None, ...]]]
+) -> dict[str, np.ndarray]:
+    """The arrays of these names, dtypes (one, or one of several) and shapes (None: any length) of an npz, nothing else.
 
     Headers are compared before any data is read, so that a file cannot make us take more memory than was asked for.
     A ValueError says what is wrong.
@@ -117,7 +120,11 @@ def read_arrays(file: BinaryIO, wanted: dict[str, tuple[np.dtype, tuple[int | No
 
 
 def _read_array(
-    archive: zipfile.ZipFile, members: list[str], name: str, dtype: np.dtype, shape: tuple[int | None, ...]
+    archive: zipfile.ZipFile,
+    members: list[str],
+    name: str,
+    dtypes: DTypeLike | Sequence[DTypeLike],
+    shape: tuple[int | None, ...],
 ) -> np.ndarray:
     member = f"{name}.npy"
     if members.count(member) != 1:
@@ -129,9 +136,11 @@ def _read_array(
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         got_shape, fortran, got_dtype = read_header(stream)
         fits = len(got_shape) == len(shape) and all(w is None or w == g for w, g in zip(shape, got_shape, strict=True))
-        if got_dtype != dtype or not fits or fortran:
+        known = [np.dtype(dtype) for dtype in (dtypes if isinstance(dtypes, Sequence) else [dtypes])]
+        if got_dtype not in known or not fits or fortran:
             text = ", ".join("N" if size is None else str(size) for size in shape)
-            raise ValueError(f"{name}: wanted {np.dtype(dtype)} [{text}], got {got_dtype} {list(got_shape)}")
+            kinds = " or ".join(map(str, known))
+            raise ValueError(f"{name}: wanted {kinds} [{text}], got {got_dtype} {list(got_shape)}")
         size = int(np.prod(got_shape, dtype=np.int64)) * got_dtype.itemsize
         if archive.getinfo(member).file_size != stream.tell() + size:
             raise ValueError(f"{name}: its header and its size do not agree")

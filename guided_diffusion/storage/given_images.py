@@ -24,6 +24,8 @@ def read_npz(
             arrays = read_arrays(file, {name: (np.dtype(kind), shape) for name, (kind, shape) in wanted.items()})
     except FileNotFoundError:
         raise ValueError(f"{flag}: no such file {path!r}") from None
+    except OSError as error:
+        raise ValueError(f"{flag}: {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{flag}: {path}: {error}") from None
     if not all(map(len, arrays.values())):

@@ -33,9 +33,14 @@ def list_image_files(data_dir: str, flag: str = "data_dir") -> list[Path]:
         raise ValueError(f"{flag}: give a folder of images")
     if not Path(data_dir).is_dir():
         raise ValueError(f"{flag}: no such folder {data_dir!r}")
-    walk = os.walk(data_dir, followlinks=True)
-    paths = (Path(folder, name) for folder, folders, names in walk for name in (*folders, *names))
-    files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = []
+    for folder, folders, names in os.walk(data_dir, followlinks=True):
+        paths = (Path(folder, name) for name in (*folders, *names))
+        files += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        # A link to a folder that it lies in would lead round and round.
+        here = Path(folder).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
+    files.sort()
     if not files:
         raise ValueError(f"{flag}: no image file below {data_dir!r}")
     return files
@@ -59,6 +64,13 @@ def class_names(files: list[Path], flag: str = "data_dir") -> list[str]:
             f"first {without[0]}"
         )
     return sorted({_label(path) for path in files})
+
+
+def found(data_dir: str, images: int, classes: int, num_classes: int) -> str:
+    """For people: how many images of how many classes a folder holds for a network of `num_classes`."""
+    if not classes:
+        return f"{images:,} images in {data_dir}"
+    return f"{images:,} images of {classes:,} of the network's {num_classes:,} classes in {data_dir}"
 
 
 def class_indices(files: list[Path]) -> list[int]:

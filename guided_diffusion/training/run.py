@@ -16,12 +16,12 @@ from ..diffusion.diffusion import build_diffusion
 from ..diffusion.noise import SampleNoise
 from ..diffusion.samplers import ddim
 from ..runs.ranks import Job
-from ..settings.model import DiffusionConfig, NetworkConfig
+from ..settings.model import DiffusionConfig, NetworkConfig, TrainedNetworkConfig
 from ..settings.options import BadInput, exit_on_bad_input
 from ..settings.training import TrainerConfig, TrainingConfig
 from ..storage import pictures
 from ..storage.files import alone_in, json_text, write_atomically
-from ..storage.images import class_names, list_image_files
+from ..storage.images import class_names, found, list_image_files
 from .data import load_data
 from .loop import TrainLoop
 from .trainer import Batches, Trainer
@@ -48,12 +48,17 @@ def batches_of(training: TrainerConfig, folder: str, image_size: int, class_cond
     )
 
 
-def classes_of(data_dir: str, network: NetworkConfig) -> list[str]:
-    """The classes of a folder for a network that takes any; a ValueError if they are more than the network's."""
-    classes = class_names(list_image_files(data_dir)) if network.class_cond else []
-    if len(classes) > network.num_classes:
-        raise ValueError(f"num_classes: {network.num_classes}, but data_dir has {len(classes)} classes")
-    return classes
+def look_at(data_dir: str, network: TrainedNetworkConfig, job: Job) -> tuple[TrainedNetworkConfig, list[str]]:
+    """The settings of a network for a folder, and its classes where the network takes any; rank 0 says what is there.
+
+    A ValueError if they are more than the network's.
+    """
+    files = list_image_files(data_dir)
+    classes = class_names(files) if network.class_cond else []
+    network = network.of(len(classes))
+    if job.rank == 0:
+        print(found(data_dir, len(files), len(classes), network.num_classes), flush=True)
+    return network, classes
 
 
 def null_label(network: NetworkConfig) -> int | None:
@@ -117,7 +122,7 @@ def train_diffusion(
     condition: of the samples on the way.
     """
     training, network_config, diffusion_config = configs
-    with exit_on_bad_input():
+    with exit_on_bad_input("out_dir"):
         loop = TrainLoop(
             network.to(job.device),
             build_diffusion(diffusion_config),

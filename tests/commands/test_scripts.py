@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from guided_diffusion.networks.building import build_classifier
@@ -221,7 +222,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(base, capsys, monkeypatch,
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [
-        ("num_classes", 7, "num_classes is 8, should be 6; tensors: 1 of another shape, first label_emb.weight"),
+        ("num_classes", 7, "num_classes is 7, should be 5; tensors: 1 of another shape, first label_emb.weight"),
         ("learn_sigma", False, "learn_sigma is False, should be True"),
         ("num_channels", 64, "num_channels is 64, should be 32"),
         ("class_cond", False, "class_cond is False, should be True"),
@@ -271,6 +272,31 @@ def test_training_then_sampling(tmp_path):
         timestep_respacing=2, out_dir=tmp_path / "out",
     )  # fmt: skip
     assert len(samples(tmp_path / "out")[1]) == 2
+
+
+def test_without_a_number_of_classes_training_takes_the_folders(tmp_path, capsys):
+    for name in ("cat_0.png", "dog_0.png", "dog_1.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    flags = {key: value for key, value in NETWORK.items() if key != "num_classes"}
+    flags |= {"data_dir": tmp_path, "batch_size": 1, "lr_anneal_steps": 1}
+    run("image_train", **flags, out_dir=tmp_path / "own")
+    assert f"3 images of 2 of the network's 2 classes in {tmp_path}" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())["num_classes"] == 2
+    labels = torch.load(tmp_path / "own" / "model000001.pt", weights_only=True)["label_emb.weight"]
+    assert len(labels) == 2 + yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())["null_label"]
+    run("image_train", **flags, out_dir=tmp_path / "given", num_classes=1000)
+    assert "3 images of 2 of the network's 1,000 classes" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "given" / "config.yaml").read_text())["num_classes"] == 1000
+    run("image_train", **flags | {"class_cond": False, "null_label": False}, out_dir=tmp_path / "none")
+    assert f"3 images in {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_classifiers_scale_without_a_classifier(base, capsys):
+    flags = base | {"num_samples": 1, "timestep_respacing": 1}
+    error = refused(capsys, "classifier_sample", **flags, classifier_scale=3)
+    assert "classifier_path: classifier_scale 3 needs" in error
+    run("classifier_sample", **flags)
+    assert "classifier guidance: off, no classifier_path is given" in capsys.readouterr().err
 
 
 def test_training_begins_with_weights_from_elsewhere(weights, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageFont
 
 from guided_diffusion.commands.make_emoji_data import base_emoji, draw_glyph
+from guided_diffusion.networks.unet import UNetModel
 from guided_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
 from running import refused, run
 from small import SMALL
@@ -137,15 +138,39 @@ def test_inspection(tmp_path, capsys):
         "--image_size 16 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 16,8" in said
     )
     assert "--class_cond True --num_classes 10" in said
+    assert "or --num_classes 9 --null_label True, if its last label stands for no class" in said
     assert "use_new_attention_order cannot be told" in said
     assert "input_blocks.1.1        16²     32 channels    2 heads" in said
     assert "middle_block.1           8²     64 channels    4 heads" in said
     assert "output_blocks.3.1       16²     32 channels    2 heads" in said
 
 
+def test_inspection_of_one_channel(tmp_path, capsys):
+    network = UNetModel(32, 1, 32, 2, 1, [2], channel_mult=(1, 1), num_heads=2)
+    torch.save(network.state_dict(), tmp_path / "grey.pt")
+    run("inspect_checkpoint", tmp_path / "grey.pt")
+    said = capsys.readouterr().out
+    assert "its images have 1 channel, the commands make networks of 3; from Python, UNetModel(in_channels=…" in said
+    assert "--learn_sigma True" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"num_head_channels": 0}, "num_head_channels: wanted 1 or more, or -1, got 0"),
+        ({"num_heads": 0}, "num_heads: wanted 1 or more, got 0"),
+        ({"image_size": -1}, "image_size: wanted 1 or more, got -1"),
+    ],
+)
+def test_inspection_with_wrong_flags(tmp_path, capsys, wrong, said):
+    assert said in refused(capsys, "inspect_checkpoint", tmp_path / "no.pt", **wrong)
+
+
 def test_inspection_of_something_else(tmp_path, capsys):
-    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
-    assert "no ADM or IDDPM network" in refused(capsys, "inspect_checkpoint", tmp_path / "other.pt")
+    torch.save({"net.weight": torch.ones(2)}, tmp_path / "other.pt")
+    assert "those of no ADM or IDDPM network, the first is net.weight" in refused(
+        capsys, "inspect_checkpoint", tmp_path / "other.pt"
+    )
 
 
 EMOJI_TEST = """# group: Smileys & Emotion

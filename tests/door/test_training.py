@@ -294,6 +294,14 @@ def test_a_patched_crop_acts(tmp_path, monkeypatch):
     assert condition == {"y": 3}
 
 
+def test_a_link_that_leads_back_is_not_followed(tmp_path):
+    (tmp_path / "inner").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "inner" / "0.png")
+    (tmp_path / "inner" / "back").symlink_to(tmp_path, target_is_directory=True)
+    found = image_datasets._list_image_files_recursively(str(tmp_path))
+    assert found == [str(tmp_path / "inner" / "0.png")]
+
+
 def test_pictures_behind_a_link_are_found(tmp_path):
     (tmp_path / "there").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "there" / "a_1.png")

@@ -1,6 +1,7 @@
 """The embedded feature network and its reference images."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,72 +9,82 @@ import torch
 from PIL import Image
 
 from evaluations.emoji import emoji_features
-from evaluations.judge import Settings, judge
+from evaluations.moments import Moments
+from evaluations.sources import open_source
+from guided_diffusion.commands.disturbances import distance, pool, table
 from guided_diffusion.settings.shipped import shipped
 from running import run
 
 MODELS = shipped("models")
+DOCS = Path(__file__).parents[2] / "docs"
+SAMPLES = 60.0
+"""About what the embedded model's samples are away from its training pictures."""
 
 
-def reference(name="train"):
+def images_of(name="train"):
     with np.load(MODELS / f"emoji32_{name}.npz") as arrays:
         return arrays["arr_0"]
 
 
-def distance(tmp_path, images):
-    np.savez(tmp_path / "changed.npz", images)
-    settings = Settings(
-        str(MODELS / "emoji32_train.npz"), str(tmp_path / "changed.npz"), features="emoji", cache=tmp_path / "cache"
-    )
-    return judge(settings)["metrics"]["frechet_distance"]["value"]
+@pytest.fixture(scope="module")
+def seen():
+    """What the embedded features see of the reference pictures."""
+    source = open_source(str(MODELS / "emoji32_train.npz"))
+    return table(source, [], emoji_features(), 500, 256, 0)
 
 
-def test_damage_makes_the_distance_grow(tmp_path):
-    """Blur, noise and missing glyphs each cost distance, and more of them costs more."""
-    images = reference()
-    rng = np.random.default_rng(0)
+def rise(seen, name, level):
+    [row] = [row for row in seen["disturbances"][name] if row["level"] == level]
+    return row
 
-    def noisy(sigma):
-        return (images + sigma * rng.standard_normal(images.shape)).clip(0, 255).astype(np.uint8)
 
-    def smaller(side):
-        return np.stack([np.asarray(Image.fromarray(x).resize((side, side)).resize((32, 32))) for x in images])
+def test_every_step_of_every_disturbance_costs_distance(seen):
+    for name, rows in seen["disturbances"].items():
+        rises = [row["rise"] for row in rows]
+        assert rises[0] > 0, name
+        assert rises == sorted(rises), name
 
-    for worse in (
-        [images, noisy(8), noisy(24), noisy(48)],
-        [images, smaller(24), smaller(16), smaller(8)],
-        [images, images[::2], images[::8]],
-    ):
-        distances = [distance(tmp_path, x) for x in worse]
-        assert distances[0] == pytest.approx(0, abs=1e-6)
-        assert distances == sorted(distances)
-        assert distances[1] > 0.1
+
+@pytest.mark.parametrize(("name", "level"), [("noise", 8), ("blur", 0.5), ("spoiled", 0.02)])
+def test_what_must_be_seen_is_seen(seen, name, level):
+    """It stands out of what two draws of pictures differ by."""
+    assert rise(seen, name, level)["errors"] > 4
+
+
+def test_what_is_mild_costs_less_than_a_model(seen):
+    assert rise(seen, "noise", 4)["rise"] + rise(seen, "brightness", 3)["rise"] < SAMPLES / 3
+
+
+def test_committed_disturbances_are_these(seen):
+    committed = json.loads((DOCS / "disturbances" / "emoji.json").read_text())
+    assert committed["weights_sha256"] == emoji_features().weights
+    for name, rows in seen["disturbances"].items():
+        for row, known in zip(rows, committed["disturbances"][name], strict=True):
+            assert row["level"] == known["level"]
+            assert row["rise"] == pytest.approx(known["rise"], rel=0.02, abs=0.02)
+
+
+def test_held_out_glyphs_stay_near(seen):
+    """New glyphs are away from the training glyphs, but less than these without their colours."""
+    network = emoji_features()
+    reference = Moments.of(pool(network, images_of(), 256)).gaussian()
+    assert distance(pool(network, images_of("held_out"), 256), reference).value < rise(seen, "saturation", 1)["rise"]
 
 
 def test_mirrored_pictures_are_in_the_reference():
     for name, glyphs in (("train", 371), ("held_out", 70)):
-        images = reference(name)
+        images = images_of(name)
         assert images.shape == (2 * glyphs, 32, 32, 3)
         assert np.array_equal(images[:glyphs], images[glyphs:, :, ::-1])
 
 
-def test_committed_distances_name_the_embedded_files():
-    weights = emoji_features().weights
-    for name in ("unguided", "guided"):
-        for part in ("train", "held_out"):
-            result = json.loads((MODELS / "distances" / f"{name}_{part}.json").read_text())
-            assert result["provenance"]["weights_sha256"] == weights
-            assert result["n"] >= 2000
-            assert result["provenance"]["reference"]["images"] == len(reference(part))
-
-
 def test_training_script(tmp_path, capsys):
-    for number, image in enumerate(reference()[:6]):
+    for number, image in enumerate(images_of()[:6]):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
     run("train_emoji_features", tmp_path, steps=3, batch_size=4, out=tmp_path / "new.safetensors")
     assert "6 glyphs" in capsys.readouterr().out
     network = emoji_features(tmp_path / "new.safetensors")
-    assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).pool.shape == (2, 128)
+    assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).pool.shape == (2, 320)
     with pytest.raises(SystemExit) as stop:
         run("train_emoji_features", tmp_path / "nothing")
     assert stop.value.code == 2

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+import evaluations
 from evaluations import features as features_module
 from evaluations.emoji import emoji_features
 from evaluations.evaluator import write_json
 from evaluations.features import extract
 from evaluations.moments import Moments, frechet_distance
-from evaluations.ranks import Ranks
+from evaluations.ranks import BadInputError, Ranks
 from evaluations.ranks import run as run_ranks
 from evaluations.sources import open_source
 from running import mpiexec
@@ -34,7 +35,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def emoji(tmp_path):
     """Two npz of 32×32 noise of two kinds."""
-    np.savez(tmp_path / "ref.npz", pictures(200, 32))
+    np.savez(tmp_path / "ref.npz", pictures(330, 32))
     np.savez(tmp_path / "samples.npz", pictures(150, 32, seed=1) // 2)
     return str(tmp_path / "ref.npz"), str(tmp_path / "samples.npz")
 
@@ -63,7 +64,7 @@ def refused(capsys, *arguments):
 def test_emoji_features(tmp_path, emoji, capsys):
     found = result(tmp_path, *emoji, "--features", "emoji", "--extended")
     assert set(found["metrics"]) == {
-        "frechet_distance", "precision", "recall", "kid", "density", "coverage", "copies"
+        "frechet_distance", "precision", "recall", "kid", "mind", "density", "coverage", "copies"
     }  # fmt: skip
     assert found["n"] == 150
     assert found["features"] == "emoji"
@@ -76,6 +77,58 @@ def test_emoji_features(tmp_path, emoji, capsys):
     parts = found["parts"]["frechet_distance"]
     total = parts["means"] + sum(parts["traces"]) - 2 * parts["cross_trace"]
     assert found["metrics"]["frechet_distance"]["value"] == pytest.approx(total)
+
+
+def run_folder(folder, images, **identity):
+    """The folder of a run, whose manifest says so much of it."""
+    shard(folder / "shards", 0, images)
+    said = {"identity": {"seed": 0, "image_size": 32, "labels": "none"} | identity, "samples": len(images)}
+    (folder / "manifest.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_against_other_samples(tmp_path, emoji, capsys):
+    """The difference is that of two evaluations; its error is that of pairs, far below that of independent ones."""
+    images = pictures(150, 32, seed=1)
+    one = run_folder(tmp_path / "one", images)
+    other = run_folder(tmp_path / "other", np.clip(images.astype(int) + 2, 0, 255).astype(np.uint8), sag_scale=1.0)
+    found = result(tmp_path, emoji[0], one, "--against", other, "--features", "emoji", "--extended")
+    assert "minus " in capsys.readouterr().out
+    alone = result(tmp_path, emoji[0], other, "--features", "emoji", "--extended")["metrics"]
+    assert found["difference"]["against"] == str(other)
+    assert set(found["difference"]["metrics"]) == set(found["metrics"])
+    for name, difference in found["difference"]["metrics"].items():
+        assert difference["value"] == pytest.approx(found["metrics"][name]["value"] - alone[name]["value"], abs=1e-12)
+    distance = found["difference"]["metrics"]["frechet_distance"]
+    independent = np.hypot(found["metrics"]["frechet_distance"]["error"], alone["frechet_distance"]["error"])
+    assert 0 < distance["error"] < independent
+    same = result(tmp_path, emoji[0], one, "--against", one, "--features", "emoji")["difference"]["metrics"]
+    assert all(difference == {"value": 0, "error": 0} for difference in same.values())
+
+
+def test_samples_that_are_not_paired_are_refused(tmp_path, emoji, capsys):
+    images = pictures(40, 32, seed=1)
+    one = run_folder(tmp_path / "one", images)
+    np.savez(tmp_path / "foreign.npz", images)
+    for reason, other in {
+        "seed is 0 in": run_folder(tmp_path / "seed", images, seed=1),
+        "labels is 'none' in": run_folder(tmp_path / "labels", images, labels="random"),
+        "holds 40 images": run_folder(tmp_path / "fewer", images[:30]),
+        "no manifest.json": tmp_path / "foreign.npz",
+    }.items():
+        assert reason in refused(capsys, emoji[0], one, "--against", other, "--features", "emoji")
+    paired = ("--paired", "--features", "emoji")
+    foreign = result(tmp_path, emoji[0], one, "--against", tmp_path / "foreign.npz", *paired)
+    assert foreign["difference"]["metrics"]["frechet_distance"] == {"value": 0, "error": 0}
+    refused(capsys, emoji[0], one, "--against", tmp_path / "fewer", *paired)
+
+
+def test_from_python(tmp_path, emoji):
+    """`evaluations.evaluate` gives what the evaluator writes."""
+    written = result(tmp_path, *emoji, "--features", "emoji")
+    assert evaluations.evaluate(*map(Path, emoji), features="emoji") == written
+    with pytest.raises(BadInputError, match="no such file"):
+        evaluations.evaluate(emoji[0], "nowhere.npz", features="emoji")
 
 
 def test_identical_sets(tmp_path, emoji):
@@ -280,9 +333,9 @@ def test_an_output_without_the_characters_is_no_error(monkeypatch):
 
 
 def test_few_images_are_warned_of(tmp_path, emoji, capsys):
-    biased = "warning: samples: 2 images are fewer than the 128 dimensions of frechet_distance: it is biased\n"
+    biased = "warning: samples: 2 images are fewer than the 320 dimensions of frechet_distance: it is biased\n"
     few = "warning: samples: 99 images are few (below 100): no metric of them says much\n"
-    for count, metric, said in ((2, "frechet_distance", biased), (99, "kid", few), (150, "frechet_distance", "")):
+    for count, metric, said in ((2, "frechet_distance", biased), (99, "kid", few), (330, "frechet_distance", "")):
         np.savez(tmp_path / "few.npz", pictures(count, 32))
         result(tmp_path, emoji[0], tmp_path / "few.npz", "--features", "emoji", "--metrics", metric)
         errors = capsys.readouterr().err

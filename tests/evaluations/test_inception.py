@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from evaluations.inception import SHA256, Inception, published_weights, tf_resize
 from evaluations.networks import load_weights
@@ -91,6 +92,15 @@ def test_other_files_are_refused(tmp_path, change, sentence):
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=rf"other\.pth: {re.escape(sentence)}"):
         load_weights(module, tmp_path / "other.pth", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights", "weights.safetensors"])
+def test_safetensors_are_told_by_their_first_bytes(tmp_path, name):
+    with torch.device("meta"):
+        module = torch.nn.Linear(3, 2)
+    save_file({"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}, tmp_path / name)
+    load_weights(module, tmp_path / name, torch.device("cpu"))
+    assert module.weight.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 class Payload:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evaluations import neighbours as module
-from evaluations.neighbours import Distances, neighbours, radii
+from evaluations.neighbours import KEPT, Distances, Parts, nearest, neighbours, radii
 
 
 def features(seed, n, d=6, shift=0.0):
@@ -25,38 +25,70 @@ def brute_force(reference, samples, k=3, wide=5):
     )
 
 
+def shares(*args, **kwargs):
+    """The five metrics, None where not asked for."""
+    found = neighbours(*args, **kwargs)
+    each = (found.precise, found.recalled, found.balls, found.covered, found.copied)
+    return tuple(None if x is None else float(x.double().mean()) for x in each)
+
+
 @pytest.mark.parametrize("block", [16, 37, 500])
 @pytest.mark.parametrize("sizes", [(150, 90), (40, 200)])
 def test_brute_force(monkeypatch, block, sizes):
     monkeypatch.setattr(module, "BLOCK", block)
     reference, samples = features(0, sizes[0]), features(1, sizes[1], shift=0.5)
-    found = neighbours(reference, samples, Distances(centre=reference.mean(dim=0)), 3, 5)
-    ours = (found.precision, found.recall, found.density, found.coverage, found.copies)
-    assert ours == pytest.approx(tuple(map(float, brute_force(reference, samples))), abs=1e-12)
-    assert 0 < found.precision < 1
-    assert 0 < found.recall < 1
+    distances = Distances(centre=reference.mean(dim=0))
+    for parts in (None, Parts.of(samples, 3, distances)):
+        ours = shares(reference, samples, distances, 3, 5, parts)
+        assert ours == pytest.approx(tuple(map(float, brute_force(reference, samples))), abs=1e-12)
+        assert 0 < ours[0] < 1
+        assert 0 < ours[1] < 1
+
+
+@pytest.mark.parametrize("block", [16, 500])
+def test_parts_are_as_if_the_other_samples_were_not_there(monkeypatch, block):
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "NEAR", 60)
+    reference, samples = features(0, 150), features(1, 90, shift=0.5)
+    distances = Distances()
+    parts = Parts.of(samples, 3, distances)
+    found = neighbours(reference, samples, distances, 3, 5, parts)
+    kept = parts.squared >= 0
+    assert (kept.sum(dim=0) == round(KEPT * 90)).all()
+    for number in range(0, module.PARTS, 10):
+        _, recall, _, coverage, _ = map(float, brute_force(reference, samples[kept[:, number]]))
+        assert float(found.recalled_in_parts[number]) == pytest.approx(recall, abs=1e-12)
+        assert float(found.covered_in_parts[number]) == pytest.approx(coverage, abs=1e-12)
+    assert torch.equal(Parts.of(samples, 3, distances).squared, parts.squared)
+
+
+def test_nearest_neighbours_and_who_they_are(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 16)
+    x = features(3, 70)
+    squared, who = nearest(x, 5, Distances())
+    assert torch.allclose((x[:, None] - x[who]).square().sum(dim=2), squared, atol=1e-4)
+    assert torch.allclose(squared[:, 2], radii(x, 3, Distances()), atol=1e-4)
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_identical_sets(half):
     x = features(2, 100)
-    found = neighbours(x, x.clone(), Distances(half))
-    assert (found.precision, found.recall) == (1, 1)
+    assert shares(x, x.clone(), Distances(half))[:2] == (1, 1)
 
 
 def test_swapped_arguments_swap_precision_and_recall():
     a, b = features(3, 120), features(4, 80, shift=0.4)
-    one, other = neighbours(a, b, Distances()), neighbours(b, a, Distances())
-    assert (one.precision, one.recall) == (other.recall, other.precision)
+    one, other = shares(a, b, Distances()), shares(b, a, Distances())
+    assert one[:2] == other[1::-1]
 
 
 def test_collapsed_samples_have_no_recall():
     reference = features(5, 200)
-    found = neighbours(reference, reference[:1].repeat(50, 1), Distances(), 3, 5)
-    assert found.precision == 1
-    assert found.recall == pytest.approx(1 / 200)  # the one image that is repeated
-    found = neighbours(reference, (reference[:1] + 0.01).repeat(50, 1), Distances(), 3, 5)
-    assert (found.precision, found.recall, found.copies) == (1, 0, 1)
+    precision, recall, *_ = shares(reference, reference[:1].repeat(50, 1), Distances(), 3, 5)
+    assert precision == 1
+    assert recall == pytest.approx(1 / 200)  # the one image that is repeated
+    precision, recall, *_, copies = shares(reference, (reference[:1] + 0.01).repeat(50, 1), Distances(), 3, 5)
+    assert (precision, recall, copies) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("shift", [0.0, 30.0])
@@ -65,9 +97,9 @@ def test_copies_are_seen_where_every_reference_image_is_there_twice(shift):
     distances = Distances(centre=reference.mean(dim=0))
     doubled = torch.cat([reference, reference])
     for of in (reference, doubled):
-        assert neighbours(of, reference[:20] + 0.0, distances, 3, 5).copies == 1
+        assert shares(of, reference[:20] + 0.0, distances, 3, 5)[4] == 1
         half_copied = torch.cat([reference[:20], others[:20]])
-        assert neighbours(of, half_copied, distances, 3, 5).copies == 0.5
+        assert shares(of, half_copied, distances, 3, 5)[4] == 0.5
 
 
 def test_radius_counts_the_distance_to_itself():

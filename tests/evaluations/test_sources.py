@@ -81,6 +81,22 @@ def test_a_folder_of_pictures(tmp_path):
         open_source(str(tmp_path))
 
 
+def test_pictures_of_folders_in_a_folder_are_read(tmp_path):
+    """As training reads them: at any depth, behind links, and round a link that leads back but once."""
+    images = pictures(4)
+    (tmp_path / "all" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "all" / "a").symlink_to(tmp_path / "there", target_is_directory=True)
+    (tmp_path / "all" / "b" / "back").symlink_to(tmp_path / "all", target_is_directory=True)
+    (tmp_path / "all" / "notes.txt").write_text("no picture")
+    places = ("all/9.png", "there/0.png", "all/b/0.png", "all/b/c/0.png")
+    for image, place in zip(images, places, strict=True):
+        Image.fromarray(image).save(tmp_path / place)
+    source = open_source(str(tmp_path / "all"))
+    np.testing.assert_array_equal(source.images.read(0, 4), images)
+    assert len(source.images) == 4
+
+
 def test_statistics(tmp_path, gaussian):
     np.savez(tmp_path / "s.npz", **gaussian, mu_s=gaussian["mu"], sigma_s=gaussian["sigma"], arr_0=pictures())
     source = open_source(str(tmp_path / "s.npz"))
@@ -108,6 +124,8 @@ FLOATS = np.random.default_rng(0).random((4, 8, 8, 3)).astype(np.float32)
     ("array", "sentence"),
     [
         (FLOATS, r"wanted uint8 \[N, H, W, 3\], got float32 \[4, 8, 8, 3\], which look like \[0, 1\]: times 255"),
+        (FLOATS * 255, r"got float32 \[4, 8, 8, 3\], which look like \[0, 255\]: rounded, as uint8"),
+        (FLOATS * 300 - 9, r"got float32 \[4, 8, 8, 3\]$"),
         (FLOATS * 2 - 1, r"got float32 \[4, 8, 8, 3\], which look like \[-1, 1\]"),
         (FLOATS * 300, r"got float32 \[4, 8, 8, 3\]$"),
         (pictures().astype(np.int64), "got int64 .*: cast it to uint8"),

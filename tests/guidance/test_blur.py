@@ -27,6 +27,12 @@ def test_sigma_infinite_is_the_mean_pixel():
     assert torch.equal(gaussian_blur(X, math.inf), X.mean(dim=(2, 3), keepdim=True).expand_as(X))
 
 
+def test_autocast_changes_nothing():
+    with torch.autocast("cpu", torch.bfloat16):
+        blurred = gaussian_blur(X, 2.0)
+    assert torch.equal(gaussian_blur(X, 2.0), blurred)
+
+
 def test_a_constant_image_stays():
     torch.testing.assert_close(gaussian_blur(torch.full_like(X, 0.3), 9.0), torch.full_like(X, 0.3))
 

@@ -171,6 +171,16 @@ def test_the_flag_makes_the_mask(small, tmp_path):
     assert given.masking.share == 0.2
 
 
+@pytest.mark.parametrize(
+    ("kind", "read"), [(np.float64, torch.float32), (np.float16, torch.float32), (bool, torch.bool)]
+)
+def test_maps_of_any_floats_are_read(small, tmp_path, kind, read):
+    values = (MAPS.numpy() > 0.5).astype(kind)
+    np.savez(tmp_path / "maps.npz", maps=values)
+    maps = create_guidance(small[0], sag_scale=1, sag_mask=str(tmp_path / "maps.npz")).masking.maps
+    assert torch.equal(maps, torch.from_numpy(values).to(read))
+
+
 NETWORK = SMALL | {"timestep_respacing": 3, "num_samples": 4, "batch_size": 2}
 NETWORK |= {"sag_scale": 0.5, "sag_block": "middle_block.1"}
 
@@ -247,8 +257,9 @@ def test_a_wrong_flag_is_one_sentence(flags, tmp_path, capsys, wrong, said):
     ("arrays", "said"),
     [
         ({"mask": np.zeros((1, 8, 8), np.float32)}, "wanted one array maps"),
-        ({"maps": np.zeros((8, 8), np.float32)}, "wanted float32 [N, N, N], got float32 [8, 8]"),
-        ({"maps": np.zeros((1, 8, 8))}, "got float64"),
+        ({"maps": np.zeros((8, 8), np.float32)}, "or bool [N, N, N], got float32 [8, 8]"),
+        ({"maps": np.zeros((1, 8, 8), np.int32)}, "wanted float32 or float64 or float16 or bool [N, N, N], got int32"),
+        ({"maps": np.full((1, 8, 8), 1e300)}, "not finite"),
         ({"maps": np.zeros((0, 8, 8), np.float32)}, "wanted [maps, height, width], got [0, 8, 8]"),
         ({"maps": np.full((1, 8, 8), np.nan, np.float32)}, "not finite"),
         ({"maps": np.array([{}])}, "got object"),

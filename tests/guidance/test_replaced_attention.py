@@ -27,7 +27,7 @@ NAMES = ("input_blocks.1.1", "output_blocks.1.1")
 
 
 def hooks(network):
-    return sum(len(module._forward_hooks) for module in network.modules())
+    return sum(len(module._forward_pre_hooks) for module in network.modules())
 
 
 def blocks_of(network, names=NAMES):

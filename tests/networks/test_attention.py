@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from guided_diffusion.guidance.masks import attention_mask
+from guided_diffusion.networks import attention
 from guided_diffusion.networks.attention import (
     attention_blocks,
     attention_map,
@@ -21,6 +23,26 @@ def test_score_is_the_column_sum_of_the_map():
     q, k = torch.randn(2, 2, 3, 10, 4, generator=torch.Generator().manual_seed(2))
     expected = attention_map(q, k).mean(dim=1).sum(dim=1)
     torch.testing.assert_close(attention_score(q, k), expected)
+
+
+def test_rounding_does_not_grow_with_the_parts_that_a_batch_is_cut_into(monkeypatch):
+    """Uniform attention at 40², cut as in a batch of 256: nothing receives more than the mean."""
+    monkeypatch.setattr(attention, "ENTRIES_AT_A_TIME", 2 * 1600)
+    score = attention_score(*torch.zeros(2, 1, 3, 1600, 4))
+    torch.testing.assert_close(score, torch.ones(1, 1600), atol=5e-7, rtol=0)
+    assert not attention_mask(score.unflatten(1, (40, 40)), (40, 40), 1.0).any()
+    q, k = torch.randn(2, 1, 2, 301, 4, generator=torch.Generator().manual_seed(2))
+    exact = (q.double() @ k.double().mT / 2).softmax(dim=-1).mean(dim=1).sum(dim=1)
+    monkeypatch.setattr(attention, "ENTRIES_AT_A_TIME", 301)
+    torch.testing.assert_close(attention_score(q, k).double(), exact, atol=1e-6, rtol=1e-6)
+
+
+def test_the_score_is_in_float32_under_autocast():
+    q, k = torch.randn(2, 2, 3, 16, 4, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        score = attention_score(q, k)
+    assert score.dtype is torch.float32
+    assert torch.equal(score, attention_score(q, k))
 
 
 def test_mean_score_is_one_in_every_block(any_order):

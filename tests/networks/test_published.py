@@ -12,6 +12,7 @@ from guided_diffusion.diffusion.diffusion import build_diffusion
 from guided_diffusion.networks.attention import find_block
 from guided_diffusion.networks.building import build_classifier, build_network
 from guided_diffusion.networks.inspection import inspect, wrong_flags
+from guided_diffusion.networks.unet import SuperResModel, UNetModel
 from guided_diffusion.script_util import sr_create_model_and_diffusion
 from guided_diffusion.settings.guidance import GuidanceConfig
 from guided_diffusion.settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
@@ -113,6 +114,32 @@ def test_the_wrong_flag_is_named(change, said):
     told = wrong_flags(PUBLISHED["adm_imagenet256_cond"], NetworkConfig(**flags), 256, learn_sigma)
     assert told.startswith(said)
     assert bool(told) == bool(said)
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("kind", [UNetModel, SuperResModel])
+def test_channels_and_learned_variances_are_told_apart(kind, channels, learn_sigma):
+    with torch.device("meta"):
+        network = kind(32, channels, 32, channels * (1 + learn_sigma), 1, [2], channel_mult=(1, 1), num_heads=2)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    given = NetworkConfig(
+        image_size=32, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="16", num_heads=2,
+        use_scale_shift_norm=False,
+    )  # fmt: skip
+    told = wrong_flags(shapes, given, 32, learn_sigma)
+    if kind is SuperResModel and channels != 3 and learn_sigma:
+        # A denoiser of twice the channels has the same shapes.
+        assert inspect(shapes).kind == "unet"
+        return
+    assert inspect(shapes).kind == ("unet" if kind is UNetModel else "super-resolution")
+    assert inspect(shapes).flags["learn_sigma"] == learn_sigma
+    plural = "" if channels == 1 else "s"
+    said = f"its images have {channels} channel{plural}, the commands make networks of 3"
+    assert told == ("" if channels == 3 else said)
+    assert f"learn_sigma is {not learn_sigma}, should be {learn_sigma}" in wrong_flags(
+        shapes, given, 32, not learn_sigma
+    )
 
 
 def test_a_network_of_another_kind_is_named():

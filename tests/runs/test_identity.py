@@ -73,7 +73,7 @@ def test_a_folder_of_pictures_is_what_its_pictures_are_in_their_order(tmp_path):
 def test_another_version_is_another_hash(weights):
     configs = merge(IMAGE_GROUPS, ("test", SETTINGS | {"model_path": weights}))
     assert len({hash_of(configs, version) for version in (1, 2, 3)}) == 3
-    assert ImagePipeline.samples_version == LatentPipeline.samples_version == 1
+    assert (ImagePipeline.samples_version, LatentPipeline.samples_version) == (1, 2)
 
 
 def test_samples_of_another_version_are_not_mixed(tmp_path, monkeypatch, capsys):

@@ -75,7 +75,8 @@ def test_it_is_the_bound_of_calc_bpd_loop(flags, expected, capsys):
     run("image_nll", **flags)
     assert_as_expected(flags["out_dir"], expected)
     total = result_in(flags["out_dir"])[0]["total_bpd"]
-    said = f"{total['value']:.4f} ± {total['error']:.4f} bits per dimension, of which prior 1e-05; N = 5\n"
+    said = f"{total['value']:.4f} ± {total['error']:.4f} bits per dimension, of which prior 1e-05; "
+    said += f"N = 5 of 5 images of 2 of the network's 2 classes in {flags['data_dir']}\n"
     assert capsys.readouterr().out == said
 
 
@@ -195,15 +196,19 @@ def test_images_are_drawn_by_the_seed(model, flags, capsys):
     order = choice(0, COUNT)[:2]
     assert order != [0, 1]
     contents = b"".join(hashlib.sha256(files[i].read_bytes()).digest() for i in order)
-    assert result["images"] == {"of": 5, "drawn": True, "sha256": hashlib.sha256(contents).hexdigest()}
+    assert result["images"] == {"of": 5, "classes": 2, "drawn": True, "sha256": hashlib.sha256(contents).hexdigest()}
     x0 = torch.stack([torch.from_numpy(np.array(Image.open(files[i]))).permute(2, 0, 1) for i in order]) / 127.5 - 1
     labels = torch.tensor(["ab".index(files[i].name[0]) for i in order])
     noise = SampleNoise(0, order, (3, 16, 16))
     expected = diffusion.calc_bpd_loop(network, x0, model_kwargs={"y": labels}, step_noise=noise)
     np.testing.assert_allclose(terms["vb"], expected["vb"].mean(dim=0), rtol=2e-4)
-    assert capsys.readouterr().out.endswith("; N = 2 of 5, drawn by seed 0\n")
+    assert capsys.readouterr().out.endswith(
+        f"; N = 2 of 5 images of 2 of the network's 2 classes in {flags['data_dir']}, drawn by seed 0\n"
+    )
     run("image_nll", **flags | {"num_samples": 2, "draw": False})
-    assert capsys.readouterr().out.endswith("; N = 2 of 5, the first by name\n")
+    assert capsys.readouterr().out.endswith(
+        f"; N = 2 of 5 images of 2 of the network's 2 classes in {flags['data_dir']}, the first by name\n"
+    )
     assert result_in(flags["out_dir"])[0]["images"]["sha256"] != result["images"]["sha256"]
 
 

@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(flags, capsys, monkeypatc
     with pytest.raises(SystemExit) as stop:
         run("image_sample", **flags)
     assert stop.value.code == 2
-    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert "error: out_dir: [Errno 28] No space left on device" in capsys.readouterr().err
     monkeypatch.undo()
     run("image_sample", **flags)
     assert "1 of 3 shards are there" in capsys.readouterr().err

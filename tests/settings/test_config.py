@@ -13,7 +13,8 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.settings.guidance import ClassifierGuidanceConfig, GuidanceConfig
 from guided_diffusion.settings.model import DiffusionConfig, NetworkConfig
-from guided_diffusion.settings.options import BadInput, merge, option, parse_args
+from guided_diffusion.settings.options import ELSEWHERE, BadInput, merge, option, parse_args
+from guided_diffusion.settings.scripts import SCRIPTS, whose
 
 GROUPS = (NetworkConfig, DiffusionConfig, GuidanceConfig)
 
@@ -34,6 +35,12 @@ def test_defaults_then_file_then_flags(tmp_path):
     assert network.class_cond
     assert diffusion.learn_sigma
     assert (guidance.blur_sigma, guidance.blur_kernel, guidance.scale) == (float("inf"), 9, 1.0)
+
+
+def test_the_mark_of_windows_editors_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbfimage_size: 128\r\nnum_heads: 2\r\n")
+    network, _, _ = parse_args("", GROUPS, ["--config", str(tmp_path / "marked.yaml")])
+    assert (network.image_size, network.num_heads) == (128, 2)
 
 
 def test_an_empty_value_is_none():
@@ -166,3 +173,44 @@ def test_the_sag_authors_defaults_are_not_those_of_our_commands():
     }
     assert GuidanceConfig().guide_scale == 1
     assert GuidanceConfig().guide_start == 250
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "said"),
+    [
+        ("image_sample", "--guidance_scale", "did you mean --cfg_scale, which is guidance_scale − 1?"),
+        ("image_sample", "--num_inference_steps", "did you mean --timestep_respacing?"),
+        ("image_sample", "--num-samples", "did you mean --num_samples?"),
+        ("image_sample", "--eta", "did you mean --ddim_eta?"),
+        ("image_sample", "--output_dir", "did you mean --out_dir?"),
+        ("image_sample", "--negative_prompt", "it is of Stable Diffusion: stable_diffusion_sample.py"),
+        ("image_train", "--learning_rate", "did you mean --lr?"),
+        ("image_train", "--resolution", "did you mean --image_size?"),
+        ("stable_diffusion_sample", "--sampler", "did you mean --scheduler?"),
+    ],
+)
+def test_names_of_other_tools_are_understood(script, flag, said):
+    with pytest.raises(BadInput) as stop:
+        parse_args("", SCRIPTS[script].groups, [flag, "1"], without=SCRIPTS[script].without)
+    assert said in stop.value.message
+
+
+def test_the_names_given_for_them_are_settings():
+    for other, names in ELSEWHERE.items():
+        for known in names:
+            assert whose(known.partition(",")[0]), other
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("dropout", "1.5", "dropout: wanted a share from 0 to less than 1, got 1.5"),
+        ("dropout", "1.0", "dropout: wanted a share from 0 to less than 1, got 1.0"),
+        ("dropout", "-0.1", "dropout: wanted a share from 0 to less than 1, got -0.1"),
+        ("num_head_channels", "0", "num_head_channels: wanted 1 or more, or -1, got 0"),
+        ("num_heads_upsample", "0", "num_heads_upsample: wanted 1 or more, or -1, got 0"),
+        ("num_heads", "0", "num_heads: wanted 1 or more, got 0"),
+    ],
+)
+def test_impossible_networks_are_refused(flag, value, said):
+    assert refused([f"--{flag}", value]) == said

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.networks.building import build_classifier
+from guided_diffusion.networks.building import build_classifier, build_network
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.settings.model import ClassifierConfig
+from guided_diffusion.settings.model import ClassifierConfig, NetworkConfig
 from running import refused, run
 from small import SMALL, randomised
 
@@ -17,6 +17,7 @@ CLASSIFIER = {
     "classifier_width": 64, "classifier_depth": 1, "classifier_channel_mult": "1,1", "classifier_pool": "adaptive",
     "classifier_attention_resolutions": "8",
 }  # fmt: skip
+OF_SMALL = {key: value for key, value in SMALL.items() if key not in ("learn_sigma", "timestep_respacing")}
 SAG = {"sag_scale": 0.5, "sag_block": "middle_block.1"}
 
 
@@ -100,10 +101,36 @@ def test_self_attention_classifier_free_and_classifier_guidance_together(flags, 
         ({"pag_scale": 1, "pag_blocks": "middle"}, "pag_blocks: no attention block 'middle' in this network; it has:"),
         ({"seg_scale": 1, "seg_blocks": ""}, "seg_blocks: no attention block ''"),
         ({"seg_scale": 1, "seg_sigma": -1}, "seg_sigma: wanted 0 or more"),
+        (
+            {"sag_scale": 1},
+            "sag_block: no attention block 'output_blocks.8.1' in this network; it has: input_blocks.1.1, "
+            "input_blocks.3.1, middle_block.1, output_blocks.0.1, output_blocks.1.1, output_blocks.2.1, "
+            "output_blocks.3.1; give --sag_block one of them, output_blocks.8.1 is only the default",
+        ),
+        ({"sag_scale": 1, "sag_block": "middle"}, "sag_block: no attention block 'middle' in this network; it has:"),
+        (
+            {"guide_scale": 2, "sel_attn_depth": 7},
+            "sel_attn_block, sel_attn_depth: no attention block 'output_blocks.7.1'",
+        ),
+        (
+            {"image_size": 48, "sag_scale": 0, "sag_block": "output_blocks.1.1"},
+            "middle_block.1; attention_resolutions: image_size 48 has maps of 48, 24 pixels a side, none of 16, 8",
+        ),
     ],
 )
 def test_wrong_flags_are_one_sentence(flags, tmp_path, capsys, wrong, said):
     assert said in refused(capsys, "image_sample", **flags | wrong, out_dir=tmp_path / "out")
+
+
+def test_attention_that_was_asked_for_and_is_not_there_is_said(caplog):
+    for size, said in [
+        (16, ""),
+        (48, "attention_resolutions: image_size 48 has maps of 48, 24 pixels a side, none of"),
+    ]:
+        caplog.clear()
+        build_network(NetworkConfig(**{**OF_SMALL, "image_size": size}), learn_sigma=True)
+        assert said in caplog.text
+        assert bool(said) == bool(caplog.text)
 
 
 def test_the_step_flags_alone_build_no_self_attention_guidance(flags, tmp_path):

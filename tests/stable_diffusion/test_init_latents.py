@@ -158,7 +158,7 @@ def refused_later(capsys, **flags):
     [
         ({"strength": 2}, "strength: wanted 0 to 1, got 2.0"),
         ({"init_image": "", "strength": 0.3}, "strength: goes with images to begin with; give --init_image"),
-        ({"init_image": "nowhere"}, "init_image: no such folder 'nowhere'"),
+        ({"init_image": "nowhere"}, "init_image: no such file or folder 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, capsys, wrong, said):

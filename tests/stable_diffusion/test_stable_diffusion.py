@@ -39,13 +39,14 @@ def near(got, wanted, tolerance=1e-4):
 
 
 def combinations():
-    """Every scheduler, with its own spacing and with every one it has."""
+    """Every scheduler, with its own spacing and with every one it has and steps by."""
     pairs = []
     for name, (kind, _) in SCHEDULERS.items():
         sigmas = kind not in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler") and name != "euler_a"
         steps = name != "dpm++_single"
         pairs += [(name, "")]
-        pairs += [(name, spacing) for spacing in ("leading", "trailing", "linspace") if steps]
+        pairs += [(name, spacing) for spacing in ("leading", "trailing") if steps]
+        pairs += [(name, "linspace")] if steps and name not in ("ddim", "pndm") else []
         pairs += [(name, spacing) for spacing in ("karras", "exponential") if sigmas]
     return pairs
 
@@ -145,8 +146,6 @@ def test_a_perfect_network_stays_on_its_straight_line(name, spacing, kind, made)
     """
     if averages_outputs(name, kind):
         pytest.skip("diffusers' PNDM averages v of different noise levels")
-    if name in ("ddim", "pndm") and spacing == "linspace":
-        pytest.skip("diffusers' class steps as if its timesteps were a whole stride apart, which linspace's are not")
     scheduler = start(choose_scheduler(golden_scheduler(kind), name, spacing), 5, made=made)
     left = len(calls(scheduler))
     levels, x0, seen = noise_levels(scheduler).first(left), noise(1, 8, 8, seed=5), []
@@ -164,6 +163,83 @@ def test_a_perfect_network_stays_on_its_straight_line(name, spacing, kind, made)
         near(eps, seen[0] if image is None else x_T, 1e-3)
     # Some schedulers end at a noise level of 0.03, not 0.
     assert (state.x - x0).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+@pytest.mark.parametrize(("name", "spacing"), combinations())
+def test_the_noise_in_the_latents_is_what_the_network_is_told(name, spacing, steps):
+    """x̂_0 always 0: at every call, x_t is noise alone, and its standard deviation must be σ_t."""
+    scheduler = start(choose_scheduler(golden_scheduler("eps"), name, spacing), steps)
+    levels, ratios = noise_levels(scheduler).first(len(calls(scheduler))), []
+
+    def nothing(x_t, t, condition):
+        ratios.append((x_t.std() / levels.at("sigmas", t, x_t).flatten()[0]).item())
+        x0 = torch.zeros_like(x_t)
+        return Prediction(levels, x_t, t, condition, levels.eps_from_x0(x_t, t, x0), x0, predicts=mean_type(scheduler))
+
+    x_T = noise(1, 64, 64)
+    for _ in diffuse(scheduler, nothing, x_T / x_T.std(), {}, [torch.Generator().manual_seed(1)]):
+        pass
+    # Leading spacing begins with all noise where there should be a little less.
+    assert ratios[0] == pytest.approx(1, abs=0.03)
+    assert ratios == pytest.approx([ratios[0]] * len(ratios), abs=0.04 if name in STOCHASTIC else 1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_steps_of_another_length_than_the_spacings_are_refused(name):
+    own = golden_scheduler("eps")
+    for scheduler, spacing in [(own, "linspace"), (type(own).from_config(own.config, timestep_spacing="linspace"), "")]:
+        with pytest.raises(ValueError, match="makes steps of another length than linspace has; give --spacing leading"):
+            choose_scheduler(scheduler, name, spacing)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("EDMEulerScheduler", "preconditions"),
+        ("EDMDPMSolverMultistepScheduler", "preconditions"),
+        ("FlowMatchEulerDiscreteScheduler", "is none of diffusion of ε, x_0 or v"),
+        ("FlowMatchHeunDiscreteScheduler", "is none of diffusion of ε, x_0 or v"),
+        ("IPNDMScheduler", "is none of diffusion of ε, x_0 or v"),
+        ("DDIMInverseScheduler", "is none of diffusion of ε, x_0 or v"),
+        ("DPMSolverMultistepInverseScheduler", "makes noise of images"),
+    ],
+)
+def test_models_of_other_kinds_are_refused(name, said):
+    """Also where another class is asked for, which would read the same network as one of ε."""
+    own = getattr(latents.diffusers(), name).from_config({})
+    with pytest.raises(ValueError, match=f"scheduler: {name} {said}"):
+        choose_scheduler(own)
+    if name != "DPMSolverMultistepInverseScheduler":
+        with pytest.raises(ValueError, match=f"scheduler: {name} {said}"):
+            choose_scheduler(own, "euler")
+
+
+def test_networks_that_predict_a_flow_are_refused():
+    flow = choose_scheduler(golden_scheduler("eps"), "dpm++")
+    with pytest.raises(ValueError, match="wanted epsilon, sample, v_prediction, got 'flow_prediction'"):
+        mean_type(type(flow).from_config(flow.config, prediction_type="flow_prediction"))
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "steps", "said"),
+    [
+        ("ddim", "leading", 1000, "begins 1000 steps at timestep 1000, of 0 to 999, .*; give --spacing trailing"),
+        ("pndm", "leading", 1000, "begins 1000 steps at timestep 1000, of 0 to 999, .*; give --spacing trailing"),
+        ("ddim", "leading", 1, "begins 1 steps at timestep 1, of 0 to 999, .*; give --spacing trailing"),
+        ("euler", "linspace", 1, "begins 1 steps at timestep 0, of 0 to 999, .*; give --spacing trailing"),
+        *((name, "", 1001, "cannot make 1001 steps: its network was trained on 1000") for name in SCHEDULERS),
+    ],
+)
+def test_steps_that_there_are_not_are_refused(name, spacing, steps, said):
+    with pytest.raises(ValueError, match=said):
+        start(choose_scheduler(golden_scheduler("eps"), name, spacing), steps)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "pndm"])
+def test_every_trained_step_can_be_made(name):
+    levels = noise_levels(start(choose_scheduler(golden_scheduler("eps"), name, "trailing"), 1000))
+    assert sorted(set(levels.timesteps.tolist())) == list(range(1000))
 
 
 def test_a_spacing_replaces_the_models_own():

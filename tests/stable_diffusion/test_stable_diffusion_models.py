@@ -2,19 +2,22 @@
 
 import json
 import shutil
-from types import SimpleNamespace
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import latents
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance
+from guided_diffusion.guidance.masked_blur import MaskGuidance
+from guided_diffusion.guidance.masks import everywhere
 from guided_diffusion.settings.stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
 from guided_diffusion.stable_diffusion.attention import find_layer
 from guided_diffusion.stable_diffusion.model import load
 from guided_diffusion.stable_diffusion.sampling import LatentPipeline, build_latent_guidance, latent_guidance
-from guided_diffusion.stable_diffusion.schedulers import choose_scheduler, mean_type
+from guided_diffusion.stable_diffusion.schedulers import choose_scheduler
 from latents import final, golden_model, golden_scheduler, noise, trajectory
 
 # numpy's about tensors, in several schedulers of diffusers.
@@ -77,6 +80,21 @@ def test_interval_and_every_save_passes():
     for settings, evaluations in [({"guide_interval": "0,0.5"}, 4 * 2 + 2), ({"guide_every": 2}, 4 * 2 + 2)]:
         made_by = sampler(golden_model(), steps=4, guidance=LatentGuidanceConfig(**settings))
         assert samples(made_by, [0])[1] == evaluations
+
+
+def test_guidances_beside_self_attention_are_said_and_shown():
+    [sag] = build_latent_guidance(golden_model().unet, LatentGuidanceConfig())
+    [other] = build_latent_guidance(golden_model().unet, LatentGuidanceConfig(sag_scale=0.5, guide_interval="0,0.5"))
+    everything = MaskGuidance(masking=everywhere, scale=2.0, blur_sigma=1.0)
+    made_by = replace(sampler(golden_model()), guidances=[sag, other, everything])
+    assert made_by.describe().split("; ")[2:] == [
+        "self-attention guidance: s = 0.75, ψ = 1, σ = 1 in eps, 3 of 3 calls",
+        "self-attention guidance: s = 0.5, ψ = 1, σ = 1 in eps, 2 of 3 calls",
+        "MaskGuidance: s = 2, 3 of 3 calls",
+    ]
+    alone = replace(made_by, guidances=[everything])
+    assert made_by.comparison(1).shape == alone.comparison(1).shape
+    assert not np.array_equal(made_by.comparison(1), alone.comparison(1))
 
 
 def test_xl(folders):
@@ -324,20 +342,3 @@ def test_pickles_are_not_read(tmp_path):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no \.safetensors file"):
         load(str(folder))
-
-
-def test_other_networks_are_refused(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(latents.DATA / "model", folder)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
-    with pytest.raises(ValueError, match="wanted a UNet2DConditionModel, got a UNet2DModel"):
-        load(str(folder))
-
-
-def test_flow_matching_is_refused():
-    scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="flow_prediction"))
-    with pytest.raises(
-        ValueError, match="prediction_type: wanted epsilon, sample, v_prediction, got 'flow_prediction'"
-    ):
-        mean_type(scheduler)

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import latents
 from guided_diffusion.settings.shipped import how_to_install
+from guided_diffusion.settings.stable_diffusion import StableDiffusionConfig
+from guided_diffusion.stable_diffusion.sampling import read_prompts
 from running import SCRIPTS, mpiexec, refused, run
 
 MODEL = latents.DATA / "model"
@@ -84,6 +87,43 @@ def test_images_go_round_the_prompts(flags, tmp_path):
     assert np.abs(images[1].astype(int) - cat[1]).max() > 1
 
 
+def test_the_mark_of_windows_editors_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa cat\r\na dog\r\n")
+    config = StableDiffusionConfig(model=str(MODEL), prompts=str(tmp_path / "prompts.txt"))
+    assert read_prompts(config) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("wrong", [{"model": "nowhere"}, {"model": MODEL, "scheduler": "best"}, {"model": SCRIPTS}])
+def test_wrong_names_are_said_before_the_slow_imports(wrong, monkeypatch, capsys):
+    for library in ("diffusers", "transformers"):
+        monkeypatch.setitem(sys.modules, library, None)  # whose import would be what is said
+    assert refused(capsys, SCRIPT, **wrong).startswith(("error: model: ", "error: scheduler: 'best' is none of ddim"))
+
+
+def spoiled_model(tmp_path, part, name, change):
+    """A copy of the model with one tensor of a part changed."""
+    folder = shutil.copytree(MODEL, tmp_path / "spoiled")
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state[name] = change(state[name])
+    save_file(state, file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "change", "more", "said"),
+    [
+        ("unet", "conv_in.weight", lambda x: x * float("nan"), {}, "samples 0, 1 are not finite after the step t = 1"),
+        ("unet", "conv_in.weight", lambda x: x * 1e6, {"dtype": "float16"}, "float16 overflows: try bfloat16"),
+        ("vae", "decoder.conv_in.bias", lambda x: x * float("nan"), {}, "samples 0 to 1: after decoding, images 0, 1"),
+    ],
+)
+def test_pictures_of_what_is_not_finite_are_not_written(flags, tmp_path, capsys, part, name, change, more, said):
+    model = spoiled_model(tmp_path, part, name, change)
+    assert said in refused_later(capsys, **flags | {"model": model} | more)
+    assert not [file for file in flags["out_dir"].rglob("*") if file.suffix in (".npz", ".png")]
+
+
 def test_a_single_file_makes_what_its_folder_makes(flags, tmp_path):
     run(SCRIPT, **flags | {"compare": 0})
     file = latents.single_file(tmp_path / "tiny.safetensors")
@@ -149,20 +189,26 @@ def refused_later(capsys, **flags):
 
 
 BAD = [
-    ({"model": "nowhere"}, "model: no such folder 'nowhere'"),
+    ({"model": "nowhere"}, "model: no such file or folder 'nowhere'"),
+    ({"model": Path(__file__).parent}, "has no 'unet'; wanted a model folder of diffusers' format"),
     ({"model": ""}, "model: give a local folder"),
+    ({"model": __file__}, "model: not a folder, nor a .safetensors file"),
     ({"scheduler": "best"}, "scheduler: 'best' is none of ddim, ddpm, pndm"),
     ({"spacing": "wide"}, "spacing: 'wide' is none of leading"),
     ({"scheduler": "ddim", "spacing": "karras"}, "DDIMScheduler has no karras; it has leading"),
     ({"steps": 0}, "steps: wanted 1 or more, got 0"),
     ({"steps": 2000}, "cannot make 2000 steps"),
+    ({"steps": 1000}, "begins 1000 steps at timestep 1000, of 0 to 999, the last of which is noise; give --spacing"),
+    ({"scheduler": "pndm", "steps": 1001}, "PNDMScheduler cannot make 1001 steps"),
+    ({"scheduler": "ddim", "spacing": "linspace"}, "steps of another length than linspace has; give --spacing leading"),
     ({"scheduler": "lcm", "steps": 90}, "LCMScheduler cannot make 90 steps"),
     ({"height": 100}, "height: wanted a multiple of 8, got 100"),
     ({"width": -8}, "width: wanted 0 or more"),
     ({"prompt": "a cat and the dog run over the hills"}, "the text encoder reads 14; "),
     ({"negative_prompt": "a cat and the dog run over the hills"}, "negative_prompt: 'a cat"),
     ({"prompts": "nowhere.txt"}, "prompt, prompts: two ways"),
-    ({"prompt": "", "prompts": "nowhere.txt"}, "nowhere.txt: cannot be read"),
+    ({"prompt": "", "prompts": "nowhere.txt"}, "prompts: no such file or folder 'nowhere.txt'"),
+    ({"prompt": "", "prompts": MODEL}, "model: cannot be read (IsADirectoryError)"),
     ({"num_images": 0}, "num_images: wanted 1 or more"),
     ({"batch_size": 0}, "batch_size: wanted 1 or more"),
     ({"guidance_scale": "nan"}, "guidance_scale: wanted a finite number"),
@@ -173,9 +219,16 @@ BAD = [
     ({"blur_kernel": 4}, "blur_kernel: wanted an odd number"),
     ({"guide_interval": "1"}, "guide_interval: wanted lo,hi"),
     ({"dtype": "int8"}, "dtype: wanted float32, bfloat16, float16"),
-    ({"image": "picture.png"}, "no inpainting model"),
+    ({"image": "picture.png"}, "image: no such file or folder 'picture.png'"),
+    ({"image": __file__}, "no inpainting model"),
     ({"compare": -1}, "compare: wanted 0 or more"),
     ({"sag_skale": 1}, "did you mean --sag_scale?"),
+    ({"sag-scale": 1}, "did you mean --sag_scale?"),
+    ({"num_inference_steps": 20}, "did you mean --steps?"),
+    ({"num_images_per_prompt": 2}, "did you mean --num_images?"),
+    ({"cfg_scale": 2}, "did you mean --guidance_scale, which is 1 + cfg_scale?"),
+    ({"model_path": "x"}, "did you mean --model?"),
+    ({"sampler": "ddim"}, "did you mean --scheduler?"),
 ]
 
 

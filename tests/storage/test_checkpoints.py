@@ -1,5 +1,6 @@
 """Checkpoints: what loads, what is refused and how, and that nothing half-written is left."""
 
+import argparse
 import os
 import pickle
 import zipfile
@@ -25,6 +26,12 @@ def test_all_formats_load(tmp_path):
     save_file(STATE, tmp_path / "one.safetensors")
     for name in ("zip.pt", "old.pt", "one.safetensors"):
         same(load_state_dict(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model", "MODEL.SAFETENSORS", "model.bin"])
+def test_safetensors_are_told_by_their_first_bytes(tmp_path, name):
+    save_file(STATE, tmp_path / name)
+    same(load_state_dict(str(tmp_path / name)))
 
 
 class Hostile:
@@ -113,6 +120,18 @@ def test_the_moving_average_beside_is_mentioned_to_who_loads_a_network(tmp_path,
         ("opt000010.pt", optimizer_state, "an optimizer's state"),
         ("run.pt", lambda path: torch.save({"step": 1, "network": STATE, "emas": {}}, path), "ema_….pt beside it"),
         ("two.pt", lambda path: torch.save({"model": STATE, "ema": STATE}, path), r"several networks \(model, ema\)"),
+        (
+            "more.pt",
+            lambda path: torch.save(STATE | {"args": argparse.Namespace()}, path),
+            "tensors: argparse.Namespace",
+        ),
+        (
+            "text.pt",
+            lambda path: path.write_text("hello"),
+            r"not a checkpoint of tensors \(truncated, or another format",
+        ),
+        ("epoch.pt", lambda path: torch.save(STATE | {"epoch": 5}, path), "every name, got an int for 'epoch'"),
+        ("list.pt", lambda path: torch.save([1], path), "wanted tensors by name, got a list"),
         ("lfs.pt", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"), "Git LFS pointer"),
         ("page.pt", lambda path: path.write_text("\n<!doctype html><html>"), "a web page"),
         ("page.safetensors", lambda path: path.write_text("<HTML>"), "a web page"),
@@ -131,11 +150,29 @@ def test_what_it_is_instead_is_said(tmp_path, name, write, said):
         {"model": STATE, "args": {"lr": 1}},
         {f"module.{name}": tensor for name, tensor in STATE.items()},
         {"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}},
+        *(
+            {f"{prefix}{name}": tensor for name, tensor in STATE.items()}
+            for prefix in (
+                "_orig_mod.",
+                "module._orig_mod.",
+                "model.",
+                "ema_model.",
+                "model.diffusion_model.",
+                "diffusion_model.",
+            )
+        ),
+        {"ema_model.weight": STATE["weight"], "ema_model.bias": STATE["bias"], "step": torch.tensor(3)}
+        | {f"online_model.{name}": tensor + 1 for name, tensor in STATE.items()},
     ],
 )
 def test_wrappers_are_taken_off(tmp_path, wrapped):
     torch.save(wrapped, tmp_path / "wrapped.pt")
     same(load_state_dict(str(tmp_path / "wrapped.pt")))
+
+
+def test_a_prefix_of_some_names_is_a_part_of_them(tmp_path):
+    torch.save({"model.weight": STATE["weight"], "bias": STATE["bias"]}, tmp_path / "part.pt")
+    assert list(load_state_dict(str(tmp_path / "part.pt"))) == ["model.weight", "bias"]
 
 
 def test_half_precision_weights_fill_a_float32_network_from_meta(tmp_path):
