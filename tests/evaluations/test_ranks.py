@@ -82,6 +82,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: None)
     monkeypatch.setattr(of_runs, "find_store", lambda *_: (torch.distributed.HashStore(), "host:1"))
     monkeypatch.setattr(of_runs.Job, "join", lambda *_: None)
+    monkeypatch.setattr(of_runs.Job, "show_life", lambda _: None)
     for name, variable in (("get_rank", "RANK"), ("get_world_size", "WORLD_SIZE")):
         monkeypatch.setattr(torch.distributed, name, lambda variable=variable: int(os.environ[variable]))
 

@@ -81,7 +81,7 @@ class Job:
         """From now on show the other ranks that this process lives, and that it gets on with its work."""
 
         def show() -> None:
-            beat = 0
+            beat, never = 0, threading.Event()
             while True:
                 beat += 1
                 self._moves += not self._in_turns  # there only the work itself counts
@@ -89,7 +89,7 @@ class Job:
                     self.store.set(f"life/{self.rank}", f"{self._name} {beat} {self._moves} {self._longest:.2f}")
                 except RuntimeError:
                     return  # the store is lost, as the work will notice
-                time.sleep(min(SIGN_S if self.rank else 1.0, (self.patience or PATIENCE_S) / 4))
+                never.wait(min(SIGN_S if self.rank else 1.0, (self.patience or PATIENCE_S) / 4))
 
         threading.Thread(target=show, daemon=True).start()
 
