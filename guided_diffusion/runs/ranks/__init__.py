@@ -209,8 +209,9 @@ def _stderr_of_launcher() -> BinaryIO:
     """Where the launcher itself writes to, as it does not pass on any more what a killed rank says; else our own."""
     try:
         launcher = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1]
-        return open(f"/proc/{launcher}/fd/2", "ab")
-    except (OSError, IndexError):
+        # Without waiting for who reads it, if nobody does any more.
+        return os.fdopen(os.open(f"/proc/{launcher}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK), "ab")
+    except (OSError, IndexError, AttributeError):  # AttributeError: Windows
         return os.fdopen(os.dup(2), "ab")
 
 

@@ -1,5 +1,6 @@
 """A process among those of its job: what they share, the work that each takes, and how they notice a lost one."""
 
+import atexit
 import secrets
 import sys
 import threading
@@ -80,18 +81,26 @@ class Job:
     def show_life(self) -> None:
         """From now on show the other ranks that this process lives, and that it gets on with its work."""
 
+        ended = threading.Event()
+
         def show() -> None:
-            beat, never = 0, threading.Event()
-            while True:
+            beat = 0
+            while not ended.is_set():
                 beat += 1
                 self._moves += not self._in_turns  # there only the work itself counts
                 try:
                     self.store.set(f"life/{self.rank}", f"{self._name} {beat} {self._moves} {self._longest:.2f}")
                 except RuntimeError:
                     return  # the store is lost, as the work will notice
-                never.wait(min(SIGN_S if self.rank else 1.0, (self.patience or PATIENCE_S) / 4))
+                ended.wait(min(SIGN_S if self.rank else 1.0, (self.patience or PATIENCE_S) / 4))
 
-        threading.Thread(target=show, daemon=True).start()
+        def end() -> None:
+            ended.set()
+            showing.join(SIGN_S)  # inside the store, a thread would abort the process that ends
+
+        showing = threading.Thread(target=show, daemon=True)
+        showing.start()
+        atexit.register(end)
 
     def join(self, wait_s: float) -> None:
         """Agree on one run: rank 0 begins the next one in a store that may know earlier ones, the others enter it.
