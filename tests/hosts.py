@@ -341,8 +341,8 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
             if any(hosts.workers(name) for name in left):
                 worked = time.monotonic()
                 return False
-            # torchrun waits 5 minutes for a lost machine, when its own workers have ended well
-            waited = result(out) is not None and time.monotonic() - worked > 4
+            # torchrun waits for minutes for a lost machine, when its own workers have ended.
+            waited = time.monotonic() - worked > (20 if result(out) is None else 4)
             return waited or all(hosts.ended(name) for name in left)
 
         in_time = until(ended)
