@@ -14,11 +14,11 @@ T = TypeVar("T")
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 """What mpiexec sets; without one of them MPI is not even loaded."""
 
-MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 """Where it tells a process its rank, before MPI is loaded."""
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets; with some of them alone nobody could be met."""
+"""What torchrun, Kubernetes and batch scripts set; with some of them alone nobody could be met."""
 
 
 class BadInputError(Exception):
@@ -102,20 +102,41 @@ def launcher() -> str:
 def rank_told() -> int:
     """The rank that the launcher told this process, 0 if none did."""
     names = {"torchrun": TORCHRUN_VARIABLES[:1], "mpi": MPI_RANKS, "": ()}[launcher()]
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    told = next((os.environ[name] for name in names if name in os.environ), "0")
+    return int(told) if told.isdecimal() else 0  # what else it is, `start` says
+
+
+def _number(name: str) -> int:
+    """The value of a launcher's variable, 0 if it is not set; `BadInputError` if it is no number."""
+    text = os.environ.get(name) or "0"
+    if not text.isdecimal():
+        raise BadInputError(f"{name}: the launcher's variable; wanted a number, got {text!r}")
+    return int(text)
 
 
 def start() -> Ranks:
     """The ranks this process was started among: torchrun's variables first, then MPI's, else alone."""
-    return {"torchrun": _start_torchrun, "mpi": _start_mpi, "": Ranks}[launcher()]()
+    return {"torchrun": _start_torchrun, "mpi": _start_mpi, "": _start_alone}[launcher()]()
+
+
+def _start_alone() -> Ranks:
+    missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
+    if len(missing) == 1 and missing[0].startswith("MASTER") and _number("WORLD_SIZE") > 1:
+        raise BadInputError(
+            f"{missing[0]} is not set, but RANK, WORLD_SIZE and the other are: set all four, or none for one process"
+        )
+    return Ranks()
 
 
 def _start_torchrun() -> Ranks:
-    return Ranks() if os.environ["WORLD_SIZE"] == "1" else TorchRanks()
+    rank, size, _ = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
+    if rank >= size:
+        raise BadInputError(f"RANK: wanted less than WORLD_SIZE, which is {size}, got {rank}")
+    return Ranks() if size == 1 else TorchRanks()
 
 
 def _start_mpi() -> Ranks:
-    launched = int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
+    launched = _number("PMI_SIZE") or _number("OMPI_COMM_WORLD_SIZE")
     try:
         ranks = MpiRanks()
     except (ImportError, RuntimeError) as error:

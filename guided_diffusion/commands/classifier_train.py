@@ -25,7 +25,7 @@ from ..settings.scripts import SCRIPTS
 from ..storage.files import json_text, write_atomically
 from ..storage.images import ImageFolder
 from ..training.classifier import ClassifierLoop, accuracy_by_noise
-from ..training.run import batches_of, look_at, run, write_description
+from ..training.run import batches_of, folder_of, look_at, run, write_description
 
 NOISE_LEVELS = 10
 DRAWS = 4
@@ -99,9 +99,11 @@ def main() -> None:
             job=job,
             settings=settings | resolved(diffusion_config),
         )
+    with folder_of(loop):
         if loop.is_first:
-            # For classifier_sample.py, after the --config of the model.
-            write_description(training.out_dir, settings, classes)
-    run(loop)
-    if loop.is_first:
-        report(loop, folders, image_size, training.seed)
+            with exit_on_bad_input():
+                # For classifier_sample.py, after the --config of the model.
+                write_description(training.out_dir, settings, classes)
+        run(loop)
+        if loop.is_first:
+            report(loop, folders, image_size, training.seed)

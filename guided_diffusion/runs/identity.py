@@ -22,7 +22,9 @@ from ..storage.images import list_image_files
 from .pipeline import Pipeline
 from .shards import settings_hash
 
-OF_THE_RUN = {"out_dir", "num_samples", "num_images", "compare", "overwrite", "png", "grace", "log_json", "json"}
+OF_THE_RUN = {
+    "out_dir", "num_samples", "num_images", "compare", "overwrite", "png", "grace", "patience", "log_json", "json",
+}  # fmt: skip
 """Settings that do not change any sample."""
 
 

@@ -32,7 +32,11 @@ class Progress:
     def add(self, image_steps: int) -> None:
         total = self._job.add(self._counter, image_steps)
         if self._job.rank == 0:
-            self._show(total // self._steps)
+            self._show(self._made(total))
+
+    def _made(self, image_steps: int) -> int:
+        """Of so many steps of images, the images; what is made a second time for a lost rank is not counted."""
+        return min(image_steps // self._steps, self._samples - self._before)
 
     def _show(self, made: int) -> None:
         done = self._before + made
@@ -58,7 +62,7 @@ class Progress:
     def close(self) -> None:
         self._bar.close()
         if self._json and self._job.rank == 0:
-            self.say(self._job.add(self._counter, 0) // self._steps)
+            self.say(self._made(self._job.add(self._counter, 0)))
 
 
 class Signals:

@@ -39,6 +39,7 @@ def run(
     """
     config = pipeline.config
     key = new_key("run")
+    job.patience = config.patience
     made_of = identity(settings, pipeline.samples_version) if job.rank == 0 else {}
     made_of = json.loads(job.share(f"{key}/identity", json.dumps(made_of)))
     folder = output_folder(pipeline, made_of)

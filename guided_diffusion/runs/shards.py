@@ -1,20 +1,19 @@
 """Numbered shards of a folder: each written whole, with a hash of its contents, and missing if it is anything else."""
 
-import contextlib
 import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import blobfile as bf
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import DTypeLike, NDArray
 
-from ..storage.files import is_address, join, read_arrays, write_atomically
+from ..storage.files import alone_in, is_address, join, read_arrays, write_atomically
 
 Arrays = Mapping[str, NDArray]
 """The arrays of a shard by their names, a row for each of its samples."""
@@ -78,22 +77,9 @@ class Shards(ABC):
         """The samples of a shard."""
         return range(number * self.shard_size, min((number + 1) * self.shard_size, self.num_samples))
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager:
         """Keep other runs out of a local folder while this one works; a ValueError if one is there."""
-        if is_address(self.folder):
-            yield
-            return
-        os.makedirs(self.folder, exist_ok=True)
-        lock = FileLock(join(self.folder, ".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{self.folder}: another run is writing here; give another --out_dir") from None
-        try:
-            yield
-        finally:
-            lock.release()
+        return nullcontext() if is_address(self.folder) else alone_in(self.folder)
 
     def sweep(self) -> None:
         """Delete the temporary files that a killed run left half-written in a local folder."""

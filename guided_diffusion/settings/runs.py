@@ -38,6 +38,11 @@ class RunConfig:
     )
     png: bool = option(False, "write the samples as PNGs too: images/000000.png and so on")
     grace: float = option(0.0, "seconds that SIGTERM and Ctrl-C leave the shard in hand; a second Ctrl-C ends at once")
+    patience: float | None = option(
+        None,
+        "seconds without a sign of life after which another rank does what a rank had taken; empty: 60, or 20 of its "
+        "longest steps",
+    )
     log_json: bool = option(False, "progress as JSON lines on stderr, for schedulers")
 
     def __post_init__(self):
@@ -45,6 +50,8 @@ class RunConfig:
             raise ValueError(f"batch_size: wanted 1 or more, got {self.batch_size}")
         if self.shard_size < 0 or not self.grace >= 0:
             raise ValueError(f"shard_size, grace: wanted 0 or more, got {self.shard_size}, {self.grace}")
+        if self.patience is not None and not self.patience >= 1:
+            raise ValueError(f"patience: wanted 1 or more, got {self.patience}")
         check_seed(self.seed)
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength: wanted 0 to 1, got {self.strength}")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import DTypeLike
 
 LARGE, MOST_COMPRESSED = 2**28, 500
@@ -112,6 +114,23 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
                 _sync_folder(folder)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of a local folder while this one works; a ValueError if one is there."""
+    os.makedirs(folder, exist_ok=True)
+    lock = FileLock(os.path.join(folder, ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another run is writing here; give another --out_dir") from None
+    except NotImplementedError:
+        sys.stderr.write(f"{folder}: this file system has no locks, so that nobody keeps a second run out\n")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _sync_folder(folder: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from evaluations.ranks import BadInputError, Ranks
 
 from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Configs, Prepared, image_run
-from ..runs.ranks import Job
+from ..runs.ranks import Job, Lost
 from ..runs.run import run
 from ..settings.options import BadInput, parse_args
 from ..storage.fetch import local_path
@@ -87,6 +87,8 @@ def measure(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     store, about = run(pipeline, prepared.settings, prepared.guidance_line, job)
+    if job.lost and row.reference:
+        raise Lost("the row's samples are there, but all ranks together must measure them")
     n = pipeline.num_samples
     found = {"metrics": cost(about, n, before)}
     if row.reference:

@@ -1,7 +1,8 @@
 """What the training scripts share: data of a rank, the folder's files, the run and what it says, samples on the way."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..settings.model import DiffusionConfig, NetworkConfig, TrainedNetworkConfi
 from ..settings.options import BadInput, exit_on_bad_input
 from ..settings.training import TrainerConfig, TrainingConfig
 from ..storage import pictures
-from ..storage.files import json_text, write_atomically
+from ..storage.files import alone_in, json_text, write_atomically
 from ..storage.images import class_names, found, list_image_files
 from .data import load_data
 from .loop import TrainLoop
@@ -78,6 +79,16 @@ def write_description(out_dir: str, settings: dict[str, Any], classes: Sequence[
         write_atomically(Path(out_dir) / "classes.json", lambda file: file.write(json_text(classes).encode()))
 
 
+@contextmanager
+def folder_of(loop: Trainer) -> Iterator[None]:
+    """Keep other runs out of a loop's folder; `BadInput` if one is there."""
+    with ExitStack() as stack:
+        if loop.is_first:
+            with exit_on_bad_input():
+                stack.enter_context(alone_in(loop.out_dir))
+        yield
+
+
 def run(loop: Trainer) -> None:
     """Train, and say so on rank 0; a signal or a loss that explodes ends the script with one sentence."""
     if loop.is_first:
@@ -129,9 +140,11 @@ def train_diffusion(
                 seed=training.seed,
             ),
         )
+    with folder_of(loop):
         if loop.is_first:
-            write_description(training.out_dir, settings, classes)
-    run(loop)
+            with exit_on_bad_input():
+                write_description(training.out_dir, settings, classes)
+        run(loop)
     if loop.is_first:
         print(f"trained {loop.step} steps; the moving averages are {training.out_dir}/ema_….pt", flush=True)
 

@@ -29,11 +29,21 @@ LAUNCHERS = {
     "torchrun": (TORCHRUN, "torchrun", 2, SEVERAL),
     "torchrun of one": (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "torchrun", 0, ALONE),
     "half of torchrun": ({"RANK": "2", "WORLD_SIZE": "4"}, "", 0, ALONE),
-    "torchrun without a port": ({key: TORCHRUN[key] for key in TORCHRUN if key != "MASTER_PORT"}, "", 0, ALONE),
+    "torchrun without a port": (
+        {key: TORCHRUN[key] for key in TORCHRUN if key != "MASTER_PORT"},
+        "",
+        0,
+        "MASTER_PORT is not set",
+    ),
+    "one process without a port": ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, "", 0, ALONE),
+    "a rank that is no number": (TORCHRUN | {"RANK": "x"}, "torchrun", 0, "RANK: the launcher's variable"),
+    "a rank beyond the others": (TORCHRUN | {"RANK": "4"}, "torchrun", 4, "RANK: wanted less than WORLD_SIZE"),
+    "a number of ranks that is none": (MPICH | {"PMI_SIZE": "abc"}, "mpi", 2, "PMI_SIZE: the launcher's variable"),
     "torchrun's name alone": ({"TORCHELASTIC_RUN_ID": "none"}, "", 0, ALONE),
     "mpiexec of mpich": (MPICH, "mpi", 2, SEVERAL),
     "mpiexec of Open MPI": (OPEN_MPI, "mpi", 2, SEVERAL),
     "srun with PMIx": (SRUN | {"PMIX_RANK": "2"}, "mpi", 2, SEVERAL),
+    "srun with another MPI": (SRUN | {"MPI_LOCALNRANKS": "2"}, "mpi", 2, SEVERAL),
     "srun with PMI 2": (SRUN | {"PMI_RANK": "2", "PMI_SIZE": "4"}, "mpi", 2, SEVERAL),
     "srun without MPI": (SRUN, "", 0, ALONE),
     "torchrun below mpiexec": (MPICH | {"PMI_RANK": "3"} | TORCHRUN, "torchrun", 2, SEVERAL),
@@ -58,11 +68,8 @@ class World:
     def Barrier(self):
         pass
 
-    def allgather(self, item):
-        return [item] * self.size
-
-    def bcast(self, _address):
-        return "127.0.0.1", 1
+    def bcast(self, _met):
+        return ["127.0.0.1"], 1, "token"
 
 
 @pytest.fixture
@@ -72,8 +79,10 @@ def launched(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
     monkeypatch.setattr(of_runs, "_mpi", None)
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    for name in ("TCPStore", "PrefixStore", "init_process_group"):
-        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(of_runs, "find_store", lambda *_: (torch.distributed.HashStore(), "host:1"))
+    monkeypatch.setattr(of_runs.Job, "join", lambda *_: None)
+    monkeypatch.setattr(of_runs.Job, "show_life", lambda _: None)
     for name, variable in (("get_rank", "RANK"), ("get_world_size", "WORLD_SIZE")):
         monkeypatch.setattr(torch.distributed, name, lambda variable=variable: int(os.environ[variable]))
 

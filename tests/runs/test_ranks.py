@@ -2,6 +2,9 @@
 
 import io
 import os
+import re
+import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -12,8 +15,9 @@ import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.runs import ranks
+from guided_diffusion.runs.ranks import meeting
 from guided_diffusion.settings.options import BadInput
-from running import mpiexec
+from running import environment, mpiexec
 
 
 def script(tmp_path, text):
@@ -135,3 +139,61 @@ def test_the_gpu_is_chosen_by_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert ranks.Job(rank=6, size=8, local_rank=2, local_size=4).device == torch.device("cuda", 2)
     assert ranks.Job(rank=5, size=8, local_rank=5, local_size=8).device == torch.device("cuda", 1)
+
+
+def test_the_store_is_where_it_answers_for_this_job():
+    store = meeting.keep_store(0)
+    store.set("token", "ours")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        closed = taken.getsockname()[1]
+        with pytest.raises(BadInput) as stop:
+            meeting.find_store(["127.0.0.1"], closed, 0)
+        assert re.search(rf"cannot be reached at 127.0.0.1:{closed} \(.*refused", stop.value.message)
+    found, where = meeting.find_store(["127.0.0.2", "127.0.0.1"], store.port, 0, "ours")
+    assert found.get("token") == b"ours"
+    assert where.endswith(f":{store.port}")
+    with pytest.raises(BadInput, match="2") as stop:
+        meeting.find_store(["127.0.0.1"], store.port, 0, "theirs")
+    assert f"127.0.0.1:{store.port} (another job answers)" in stop.value.message
+
+
+def test_ranks_without_a_launcher_meet_at_rank_0(tmp_path):
+    code = """
+        from guided_diffusion.runs.ranks import command, start
+        def main():
+            job = start()
+            print(job.rank, job.share("text", "hello"), sorted(job.turns("key", range(5), int)) != [])
+            job.leave_together("end")
+        command(main)()
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *script(tmp_path, code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(RANK=rank, **told),
+        )
+        for rank in ("1", "0")
+    ]  # fmt: skip
+    for rank, process in zip("10", ranks, strict=True):
+        said, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert said.startswith(f"{rank} hello")
+
+
+def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path):
+    code = """
+        import os, time
+        from guided_diffusion.runs.ranks import start
+        job = start()
+        if job.rank == 1:
+            os.kill(os.getpid(), 9)
+        time.sleep(600)
+    """
+    process = mpiexec(2, script(tmp_path, code))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 9
+    assert errors.count(ranks.KILLED) == 1

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
+from guided_diffusion.runs import ranks
 from guided_diffusion.runs.identity import distinct, what_differs
 from guided_diffusion.runs.ranks import jobs
 from guided_diffusion.runs.sample_store import SampleStore, Shard, batches
 from guided_diffusion.runs.shards import DamagedError, Made
-from guided_diffusion.storage.files import join, read_arrays, write_atomically
+from guided_diffusion.storage.files import alone_in, join, read_arrays, write_atomically
 
 RANDOM = np.random.RandomState(0)
 IMAGES = RANDOM.randint(0, 256, (10, 4, 4, 3)).astype(np.uint8)
@@ -144,6 +146,15 @@ def test_a_damaged_manifest_is_written_again(store, text):
     store.write_manifest({})
     assert store.check() == ""
     assert store.missing() == []
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with alone_in(tmp_path):
+        assert "this file system has no locks" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(store):
@@ -304,6 +315,15 @@ def test_a_job_that_is_started_again_is_known_by_its_name(store, monkeypatch):
     assert store.begun_by_this_job()
     monkeypatch.setattr(os, "getppid", lambda: -1)  # another torchrun without a name
     assert not store.begun_by_this_job()
+
+
+def test_a_restart_for_another_machine_is_one_too(store, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # of this machine
+    store.write_manifest({"begun_by": jobs()})
+    assert not store.begun_by_this_job()
+    monkeypatch.setattr(ranks, "_job", ranks.Job(started_again=True))
+    assert store.begun_by_this_job()
 
 
 def test_a_manifest_is_json_and_infinity_the_same_setting_as_before(store):

@@ -128,7 +128,7 @@ SIZES = SMALL | {"image_size": 16, "num_classes": 2, "iterations": 2, "batch_siz
 def test_the_script_leaves_what_a_sampler_needs(folders, tmp_path, capsys):
     run("classifier_train", **folders, **SIZES)
     assert {path.name for path in folders["out_dir"].iterdir()} == {
-        "checkpoint.pt", "model000002.pt", "config.yaml", "classes.json", "accuracy.json"
+        ".lock", "checkpoint.pt", "model000002.pt", "config.yaml", "classes.json", "accuracy.json"
     }  # fmt: skip
     assert json.loads((folders["out_dir"] / "classes.json").read_text()) == ["a", "b"]
     accuracy = json.loads((folders["out_dir"] / "accuracy.json").read_text())

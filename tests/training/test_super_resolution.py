@@ -44,7 +44,7 @@ def test_training_then_upsampling(flags, tmp_path):
     assert "trained 3 steps" in done.stdout
     ema = flags["out_dir"] / "ema_0.9999_000003.pt"
     assert {path.name for path in flags["out_dir"].iterdir()} == {
-        "checkpoint.pt", "classes.json", "config.yaml", "model000003.pt", ema.name
+        ".lock", "checkpoint.pt", "classes.json", "config.yaml", "model000003.pt", ema.name
     }  # fmt: skip
     assert json.loads((flags["out_dir"] / "classes.json").read_text()) == ["a", "b"]
     state = torch.load(ema, weights_only=True)

@@ -17,9 +17,10 @@ from guided_diffusion.diffusion.noise import SampleNoise
 from guided_diffusion.networks.building import build_network
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.settings.model import DiffusionConfig, NetworkConfig
+from guided_diffusion.storage.files import alone_in
 from guided_diffusion.storage.pictures import to_uint8
 from guided_diffusion.training.run import SAMPLES, sample_grid
-from running import SCRIPTS, environment, mpiexec, run
+from running import SCRIPTS, environment, mpiexec, refused, run
 from trainings import log_of
 
 NETWORK = {
@@ -167,7 +168,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(flags, tmp_path, undisturbed
     run("image_train", **flags)
     assert log_of(flags["out_dir"]) == undisturbed[0]
     torch.testing.assert_close(checkpoint(flags["out_dir"])["network"], undisturbed[1], rtol=0, atol=0)
-    assert not [name for name in os.listdir(flags["out_dir"]) if name.startswith(".")]
+    assert [name for name in os.listdir(flags["out_dir"]) if name.startswith(".")] == [".lock"]
 
 
 def test_sigterm_saves_and_leaves_with_its_status(flags, tmp_path, undisturbed):
@@ -181,3 +182,14 @@ def test_sigterm_saves_and_leaves_with_its_status(flags, tmp_path, undisturbed):
     assert 2 <= step < 12
     run("image_train", **flags)
     assert log_of(flags["out_dir"]) == undisturbed[0]
+
+
+def test_a_folder_in_which_another_training_works_is_refused(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logs"))
+    flags |= {"lr_anneal_steps": 1}
+    with alone_in(tmp_path / "logs"):
+        said = refused(capsys, "image_train", **flags)
+        assert said == f"error: {tmp_path / 'logs'}: another run is writing here; give another --out_dir\n"
+        assert [path.name for path in (tmp_path / "logs").iterdir()] == [".lock"]
+    run("image_train", **flags)
+    assert (tmp_path / "logs" / "checkpoint.pt").is_file()

@@ -7,30 +7,39 @@ import functools
 import itertools
 import os
 import re
+import secrets
+import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, TypeVar
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 
-from ..settings.options import BadInput
-from ..settings.shipped import how_to_install
-from ..storage.files import UnwrittenError
+from ...settings.options import BadInput
+from ...settings.shipped import how_to_install
+from ...storage.files import UnwrittenError
+from .job import Job, Lost
+from .meeting import CONNECT_S, GROUP_TIMEOUT, START_S, addresses, find_store, keep_store
 
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 """What mpiexec sets; without one of them MPI is not even loaded."""
 
-MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 """Where it tells a process its rank, before MPI is loaded."""
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets; with some of them alone nobody could be met."""
+"""What torchrun, Kubernetes and batch scripts set; with some of them alone nobody could be met."""
+
+ABORT_S = 5
+"""Seconds for MPI to end this process."""
+
+KILLED = "error: a rank was killed or failed, so the launcher ended the job; the same command goes on"
 
 RESTARTS = {
     "SLURM_JOB_ID": "SLURM_RESTART_COUNT",
@@ -39,88 +48,16 @@ RESTARTS = {
 }
 """Where Slurm, LSF and torchrun tell the name of a job, the same at every start, and whether it was started again."""
 
-T = TypeVar("T")
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
-
-POLL_S = 0.1
-STORE_TIMEOUT = timedelta(days=30)
-GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long ranks of a process group wait for one that does not come, such as rank 0 that saves and samples."""
-
 
 REST_S = 0.2
 """What threads get to come to rest at the end, which a network under DDP keeps where the group is destroyed."""
 
 
-class _OwnStore:
-    """The counters and texts of a process alone, with the methods of torch's TCPStore."""
-
-    def __init__(self):
-        self._counts: dict[str, int] = {}
-
-    def add(self, key: str, amount: int) -> int:
-        self._counts[key] = self._counts.get(key, 0) + amount
-        return self._counts[key]
-
-    def set(self, key: str, value: str) -> None:
-        """Nobody else reads it."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """This process among those of its job, and the counters and texts that they share."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    store: Any = field(default_factory=_OwnStore)
-
-    def add(self, counter: str, amount: int = 1) -> int:
-        """Add to a shared counter and return its new value; no rank waits for another."""
-        return self.store.add(counter, amount)
-
-    def share(self, key: str, text: str = "") -> str:
-        """Give a text to all ranks (rank 0), or get it (the others, who wait for it without using their core)."""
-        if self.rank == 0:
-            self.store.set(key, text)
-            return text
-        while not self.store.check([key]):
-            time.sleep(POLL_S)
-        return self.store.get(key).decode()
-
-    def turns(self, key: str, todo: Sequence[T], wait: Callable[[], None]) -> Iterator[T]:
-        """Of what is to do, one thing after the other for whichever rank is free.
-
-        Rank 0 ends when all of it is done, and calls `wait` until then.
-        """
-        while (turn := self.add(f"{key}/turn") - 1) < len(todo):
-            yield todo[turn]
-            self.add(f"{key}/done")
-        while self.rank == 0 and self.add(f"{key}/done", 0) < len(todo):
-            time.sleep(POLL_S)
-            wait()
-
-    def leave_together(self, key: str) -> None:
-        """Hold the other ranks until rank 0 is here, and rank 0, which keeps the store, until the others have left."""
-        self.share(key)
-        if self.rank:
-            self.add(f"{key}/left")
-        else:
-            while self.add(f"{key}/left", 0) < self.size - 1:
-                time.sleep(POLL_S)
-
-    @property
-    def device(self) -> torch.device:
-        """The GPU of this local rank among those that CUDA_VISIBLE_DEVICES leaves, else the CPU."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return torch.device("cpu")
-
-
 _mpi: Any = None
+_job = Job()
+_guarding: subprocess.Popen | None = None
 _works = itertools.count()
 
 
@@ -139,17 +76,28 @@ def launcher() -> str:
 def jobs(started_again: bool = False) -> list[str]:
     """The names of the jobs that this process belongs to; started_again: of those that were started before."""
     agent = f"{socket.gethostname()} {os.getppid()}"  # a torchrun without a name of its own calls itself none
-    return [
-        f"{name} {agent if os.environ[name] == 'none' else os.environ[name]}"
-        for name, restarts in RESTARTS.items()
-        if name in os.environ and not (started_again and os.environ.get(restarts, "0") in ("", "0", "N"))
-    ]
+    found = {name: restarts for name, restarts in RESTARTS.items() if name in os.environ}
+    if started_again:
+        # torchrun's count is that of rank 0's machine alone; the store knows of all restarts.
+        by_store = {"TORCHELASTIC_RUN_ID"} if _job.started_again else set()
+        again = {name for name in found if os.environ.get(found[name], "0") not in ("", "0", "N")} | by_store
+        found = {name: found[name] for name in found if name in again}
+    return [f"{name} {agent if os.environ[name] == 'none' else os.environ[name]}" for name in found]
 
 
 def rank_told() -> int:
     """The rank that the launcher told this process, 0 if none did."""
     names = {"torchrun": TORCHRUN_VARIABLES[:1], "mpi": MPI_RANKS, "": ()}[launcher()]
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    told = next((os.environ[name] for name in names if name in os.environ), "0")
+    return int(told) if told.isdecimal() else 0  # what else it is, `start` says
+
+
+def _number(name: str) -> int:
+    """The value of a launcher's variable, 0 if it is not set; `BadInput` if it is no number."""
+    text = os.environ.get(name) or "0"
+    if not text.isdecimal():
+        raise BadInput(f"{name}: the launcher's variable; wanted a number, got {text!r}")
+    return int(text)
 
 
 def start() -> Job:
@@ -157,12 +105,22 @@ def start() -> Job:
 
     Shares the cores among the ranks of a machine unless OMP_NUM_THREADS says otherwise, and keeps freed memory.
     """
+    global _job
     _keep_freed_memory()
-    job = {"torchrun": _start_torchrun, "mpi": _start_mpi, "": Job}[launcher()]()
-    if job.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+    _job = {"torchrun": _start_torchrun, "mpi": _start_mpi, "": _start_alone}[launcher()]()
+    if _job.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // job.local_size))
-    return job
+        torch.set_num_threads(max(1, cores // _job.local_size))
+    return _job
+
+
+def _start_alone() -> Job:
+    missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
+    if len(missing) == 1 and missing[0].startswith("MASTER") and _number("WORLD_SIZE") > 1:
+        raise BadInput(
+            f"{missing[0]} is not set, but RANK, WORLD_SIZE and the other are: set all four, or none for one process"
+        )
+    return Job()
 
 
 def _keep_freed_memory() -> None:
@@ -178,22 +136,27 @@ def _keep_freed_memory() -> None:
 
 
 def _start_torchrun() -> Job:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size, port = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
+    if rank >= size:
+        raise BadInput(f"RANK: wanted less than WORLD_SIZE, which is {size}, got {rank}")
     if size == 1:
         return Job()
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
-    )
-    # Each restart of the workers by torchrun counts anew.
-    prefix = f"sampling/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = dist.PrefixStore(prefix, store)
-    return Job(rank, size, local_rank, local_size, store)
+    store, where = None, f"{os.environ['MASTER_ADDR']}:{port}"
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        with contextlib.suppress(RuntimeError):  # the port is taken: by who keeps the store, or `find_store` says so
+            store = keep_store(port)
+    if store is None:
+        store, where = find_store([os.environ["MASTER_ADDR"]], port, START_S if rank else CONNECT_S)
+    local_rank, local_size = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE") or 1
+    job = Job(rank, size, local_rank, local_size, dist.PrefixStore("sampling", store), where)
+    job.join(START_S)
+    job.show_life()
+    return job
 
 
 def _start_mpi() -> Job:
     global _mpi
-    launched = int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
+    launched = _number("PMI_SIZE") or _number("OMPI_COMM_WORLD_SIZE")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -214,19 +177,50 @@ def _start_mpi() -> Job:
     comm.Barrier()
     if comm.size == 1:
         return Job()
-    hosts = comm.allgather(socket.gethostname())
-    store, address = None, None
+    store, where, met = None, "", None
     if comm.rank == 0:
-        host = "127.0.0.1" if len(set(hosts)) == 1 else socket.getfqdn()
-        bind = host if len(set(hosts)) == 1 else "0.0.0.0"
-        store = dist.TCPStore(
-            bind, 0, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False, multi_tenant=False
-        )
-        address = (host, store.port)
-    host, port = comm.bcast(address)
+        _guard()
+        store = keep_store(0)
+        token = secrets.token_hex(8)
+        store.set("token", token)
+        met = ["127.0.0.1"] if local.size == comm.size else addresses(), store.port, token
+    hosts, port, token = comm.bcast(met)
     if store is None:
-        store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
-    return Job(comm.rank, comm.size, local.rank, local.size, store)
+        store, where = find_store(hosts, port, CONNECT_S, token)
+    job = Job(comm.rank, comm.size, local.rank, local.size, store, where)
+    job.show_life()
+    return job
+
+
+def _guard() -> None:
+    """Leave a shell behind that says so if this process is killed: MPI's launcher does that if one rank is lost."""
+    global _guarding
+    with contextlib.suppress(OSError), _stderr_of_launcher() as said_to:  # no shell here
+        _guarding = subprocess.Popen(
+            ["sh", "-c", f"read -r told || {{ sleep 0.3; echo '{KILLED}' >&2; }}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said_to,
+            start_new_session=True,  # out of the launcher's reach
+        )
+        atexit.register(_tell_guard)
+
+
+def _stderr_of_launcher() -> BinaryIO:
+    """Where the launcher itself writes to, as it does not pass on any more what a killed rank says; else our own."""
+    try:
+        launcher = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1]
+        # Without waiting for who reads it, if nobody does any more.
+        return os.fdopen(os.open(f"/proc/{launcher}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK), "ab")
+    except (OSError, IndexError, AttributeError):  # AttributeError: Windows
+        return os.fdopen(os.dup(2), "ab")
+
+
+def _tell_guard() -> None:
+    global _guarding
+    if _guarding:
+        _guarding.communicate(b"told\n")
+        _guarding = None
 
 
 def start_process_group(job: Job, device: torch.device, name: str) -> None:
@@ -236,11 +230,13 @@ def start_process_group(job: Job, device: torch.device, name: str) -> None:
     """
     if dist.is_initialized():
         return
+    # While gloo makes a group, no other thread runs.
+    job.meet(name, START_S)
     # NCCL refuses two ranks on one GPU.
     own_gpu = device.type == "cuda" and job.local_size <= torch.cuda.device_count()
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
-        store=dist.PrefixStore(name, job.store) if job.size > 1 else dist.HashStore(),
+        store=dist.PrefixStore(name, job.store),
         rank=job.rank,
         world_size=job.size,
         timeout=GROUP_TIMEOUT,
@@ -280,6 +276,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         _take_any_text()
         try:
             main()
+            if _job.lost and _mpi is not None:
+                _abort(0)  # MPI's own end would wait for them
         except (FloatingPointError, UnwrittenError) as error:
             _end(BadInput(str(error)))
         except BaseException as error:
@@ -301,6 +299,11 @@ def _end(error: BaseException) -> None:
         if rank_told():
             time.sleep(1)  # rank 0 says it for all; where it did, this process is no more
         sys.stderr.write(f"error: {error.message}\n")
+    if isinstance(error, Lost):
+        sys.stderr.write(f"error: {error.message}\n")
+        sys.stderr.flush()
+        if _mpi is None:
+            os._exit(code)  # a thread may still wait for the store
     if code in (None, 0) or _mpi is None or _mpi.COMM_WORLD.size == 1:
         if isinstance(error, KeyboardInterrupt):
             sys.stderr.write("interrupted\n")
@@ -315,9 +318,13 @@ def _end(error: BaseException) -> None:
 
 
 def _abort(code: int) -> None:
+    _tell_guard()
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(0.2)
+    if hasattr(signal, "alarm"):  # or MPI waits for a launcher that is lost
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(ABORT_S)
     _mpi.COMM_WORLD.Abort(code)
 
 
