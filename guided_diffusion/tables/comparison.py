@@ -1,6 +1,5 @@
 """Samples from the same noise without and with guidance: pictures, where the guidance looked, and distances."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,27 +140,28 @@ def compare(unguided: Prepared, guided: Prepared, guidance: GuidanceConfig, fold
 
 
 def _distances(unguided: str, guided: str) -> list[str]:
-    """Lines about how far two runs are from the embedded pictures, beside the committed distances of many samples."""
+    """Lines about how far two runs are from the embedded pictures, and by how much they differ in that."""
     from evaluations.judge import Settings, judge
 
     lines = []
     with TemporaryDirectory() as cache:
         for reference, title in REFERENCES.items():
-            results = {}
-            for name, folder in (("unguided", unguided), ("guided", guided)):
-                images = str(MODELS / f"emoji32_{reference}.npz")
-                try:
-                    results[name] = judge(Settings(images, folder, features="emoji", cache=Path(cache)))
-                except BadInputError as refusal:
-                    return [f"No distances: {refusal}"]
-                committed = MODELS / "distances" / f"{name}_{reference}.json"
-                results[f"{name}, committed"] = json.loads(committed.read_text())
-            lines.append(f"Against the {title} (emoji features, value ± standard error):")
-            lines += [f"  {name:<20} N = {result['n']:<6}{_metrics(result)}" for name, result in results.items()]
+            settings = Settings(str(MODELS / f"emoji32_{reference}.npz"), unguided, features="emoji", cache=Path(cache))
+            try:
+                before = judge(settings)
+                after = judge(replace(settings, samples=guided, against=unguided))
+            except BadInputError as refusal:
+                return [f"No distances: {refusal}"]
+            lines += [
+                f"Against the {title} (emoji features, N = {after['n']}, value ± standard error):",
+                f"  {'unguided':<20}{_metrics(before['metrics'])}",
+                f"  {'guided':<20}{_metrics(after['metrics'])}",
+                f"  {'guided − unguided':<20}{_metrics(after['difference']['metrics'], '+')}, of paired samples",
+            ]
     return lines
 
 
-def _metrics(result: Mapping[str, Any]) -> str:
-    """The metrics of an evaluation in one line."""
+def _metrics(found: Mapping[str, Any], sign: str = "") -> str:
+    """Metrics in one line."""
     names = ("frechet_distance", "precision", "recall")
-    return ", ".join(f"{TITLES[name]} {measured(result['metrics'].get(name))}" for name in names)
+    return ", ".join(f"{TITLES[name]} {measured(found.get(name), sign=sign)}" for name in names)
