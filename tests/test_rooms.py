@@ -28,8 +28,8 @@ JUDGES = {"tables", "commands"}
 
 # The modules of the evaluation, which knows nothing of guided_diffusion: each may import those before it.
 EVALUATIONS = [
-    "__init__", "arrays", "moments", "neighbours", "scores", "networks", "inception", "emoji", "dinov2", "ranks",
-    "sources", "features", "evaluation", "judge", "evaluator",
+    "disturbances", "arrays", "measured", "moments", "neighbours", "scores", "networks", "inception", "emoji", "dinov2",
+    "ranks", "sources", "pairing", "features", "evaluation", "judge", "__init__", "evaluator",
 ]  # fmt: skip
 
 

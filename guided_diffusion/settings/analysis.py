@@ -1,4 +1,4 @@
-"""The settings of the attention report."""
+"""The settings of the attention report, and of the measure of noise."""
 
 import math
 from dataclasses import dataclass
@@ -66,3 +66,30 @@ class ReportConfig:
         if self.blur_sigmas:
             return list(dict.fromkeys([*_distinct("blur_sigmas", self.blur_sigmas), math.inf]))
         return list(dict.fromkeys([*(of_the_run * part for part in (1, 0.25, 0.5, 2)), math.inf]))
+
+
+@dataclass(frozen=True)
+class NoiseGainConfig:
+    """noise gain"""
+
+    data_dir: str = option(
+        "",
+        "pictures: a folder, or an npz with arr_0 (uint8 [N, side, side, 3]); empty: samples of the model",
+        path=True,
+    )
+    known_images: int = option(64, "pictures of data_dir to use, the first so many; 0: all")
+    noise_levels: str = option("0.1,0.3,0.5,0.7,0.9", "where they are noised to: t/T from 0 (image) to 1 (noise)")
+    excess: float = option(0.2, "how much more noise than the network is told, as a share")
+    json: str = option("", "write the result to this file as well", path=True)
+
+    def __post_init__(self):
+        if self.known_images < 0:
+            raise ValueError(f"known_images: wanted 0 or more, got {self.known_images}")
+        if self.excess <= -1 or self.excess == 0:
+            raise ValueError(f"excess: wanted more than -1, and not 0, got {self.excess}")
+        if not all(0 <= level <= 1 for level in self.levels):
+            raise ValueError(f"noise_levels: wanted numbers from 0 to 1, got {self.noise_levels}")
+
+    @cached_property
+    def levels(self) -> list[float]:
+        return _distinct("noise_levels", self.noise_levels)

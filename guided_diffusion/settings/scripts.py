@@ -4,7 +4,7 @@ from collections.abc import Container
 from dataclasses import fields
 from typing import NamedTuple
 
-from .analysis import ReportConfig
+from .analysis import NoiseGainConfig, ReportConfig
 from .guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
 from .model import (
     OF_OTHER_SIZES,
@@ -44,6 +44,7 @@ SCRIPTS = {
     "classifier_train": Script((ClassifierTrainingConfig, ClassifierConfig, *TRAINED), OF_OTHER_NETWORKS),
     "super_res_train": Script((TrainingConfig, SuperResolutionConfig, *TRAINED), OF_OTHER_SIZES),
     "image_nll": Script((LikelihoodConfig, *MODEL)),
+    "noise_gain": Script((NoiseGainConfig, SamplingConfig, *GUIDANCE, *MODEL)),
     "attention_report": Script((ReportConfig, SamplingConfig, *GUIDANCE, *MODEL)),
 }
 

@@ -79,7 +79,7 @@ def test_a_key_of_another_script_says_whose_it_is(script, key, owners, tmp_path)
 
 def test_owners_of_one_key_in_several_groups():
     assert whose("model_path") == (
-        "sampling: image_sample.py, classifier_sample.py, super_res_sample.py, attention_report.py; "
+        "sampling: image_sample.py, classifier_sample.py, super_res_sample.py, noise_gain.py, attention_report.py; "
         "likelihood: image_nll.py"
     )
     assert whose("no_such_key") == ""

@@ -1,0 +1,4 @@
+from guided_diffusion.commands.grain import main
+
+if __name__ == "__main__":
+    main()
