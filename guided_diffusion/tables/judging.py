@@ -61,7 +61,7 @@ class Judge:
     def differences(
         self, pairs: Sequence[tuple[Row, Row]], known: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, dict[str, Any]]:
-        """What each first row of a pair has more than the second, by its name, on rank 0. known: results of runs."""
+        """How rows differ from the rows that they are paired with, by name, on rank 0. known: results of all runs."""
         made: dict[tuple[str, str], dict[str, Any]] = {}
         found = {}
         for row, first in pairs:
