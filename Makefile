@@ -1,4 +1,4 @@
-# make demo   the embedded model, with and without self-attention guidance: runs/demo/comparison.png
+# make demo   the embedded model, with and without self-attention guidance: runs/demo/index.html
 # make test   all tests and the style check
 PYTHON ?= python3
 BIN := .venv/bin

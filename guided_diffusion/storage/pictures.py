@@ -55,6 +55,12 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, positions, stops[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
 
 
+def masked(images: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Images [N, H, W, 3] uint8 in grey under the colours of `heat` of a mask's share [N, H, W] in [0, 1]."""
+    grey = images.mean(axis=3, keepdims=True)
+    return (0.5 * grey + 0.5 * heat(share)).astype(np.uint8)
+
+
 def titled_panels(panels: Sequence[tuple[str, np.ndarray]], gap: int = 16) -> np.ndarray:
     """Pictures [H, W, 3] side by side on white, each under its title."""
     font = ImageFont.load_default(18)
@@ -77,7 +83,7 @@ def comparison(
     columns = max(1, round(min(len(unguided), SHOWN) ** 0.5))
     panels = [
         ("unguided", unguided),
-        (f"{mask} mask (brighter: more steps)", heat(blurred_share)),
+        (f"{mask} mask (brighter: more steps)", masked(guided, blurred_share)),
         ("guided" if mask != "attention" else "self-attention guidance", guided),
     ]
     return titled_panels([(title, enlarge(grid(images[:SHOWN], columns), PANEL_WIDTH)) for title, images in panels])

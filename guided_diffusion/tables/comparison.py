@@ -1,15 +1,13 @@
-"""Samples from the same noise without and with guidance: pictures, where the guidance looked, and distances."""
+"""Samples from the same noise without and with guidance: pictures, and where the guidance looked."""
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from evaluations.ranks import BadInputError
+from PIL import Image
 
 from ..diffusion.samplers import State
 from ..guidance.base import GuidedDenoiser
@@ -19,20 +17,21 @@ from ..runs.prepare import Prepared
 from ..runs.ranks import Job
 from ..runs.run import run
 from ..settings.guidance import GuidanceConfig
-from ..settings.shipped import shipped
 from ..storage import pictures
 from ..storage.files import write_atomically
-from .page import measured
-from .report import TITLES
+from .page import templates
 
 SHOWN = 8
 SHOWN_WIDTH = 640
 PICTURES = ("unguided", "mask", "guided")
 """What is drawn beside the samples of a row: the first SHOWN of them, SHOWN_WIDTH pixels wide at most."""
 
-MODELS = shipped("models")
-REFERENCES = {"train": "training pictures", "held_out": "held-out pictures"}
-"""The embedded data set's parts, for the distances of the embedded model's samples."""
+TO_TRY = (
+    ("--sag_scale 0.3", "gentler guidance"),
+    ("--sag_threshold 1.3", "a smaller mask: only what is attended to most"),
+    ("--blur_sigma 3", "a stronger blur under the mask"),
+)
+"""Settings that show something, and what they do."""
 
 
 class MaskCounter:
@@ -87,7 +86,7 @@ def draw(pipeline: ImagePipeline, folder: Path) -> None:
     if (folder / "guided.png").exists():
         return
     seen = same_noise(pipeline, SHOWN)
-    share = pictures.heat(seen.share) if seen.share is not None else None
+    share = pictures.masked(seen.guided, seen.share) if seen.share is not None else None
     for name, images in zip(PICTURES, (seen.unguided, share, seen.guided), strict=True):
         if images is not None:
             grid = pictures.grid(images, min(SHOWN // 2, len(images)))
@@ -103,7 +102,7 @@ def drawn(folder: Path) -> tuple[bytes, bytes | None, bytes] | None:
 
 
 def compare(unguided: Prepared, guided: Prepared, guidance: GuidanceConfig, folder: Path, job: Job) -> str:
-    """Make both runs, and leave comparison.png and summary.txt in a folder; returns the summary.
+    """Make both runs, and leave comparison.png, index.html and summary.txt in a folder; returns the summary.
 
     guided: of one guidance with a mask, by its settings.
     """
@@ -130,38 +129,39 @@ def compare(unguided: Prepared, guided: Prepared, guidance: GuidanceConfig, fold
         *of_runs,
         f"  {chooser} selects {masks.share.mean():.0%} of the pixels; guidance "
         f"changes a pixel by {change:.1f} of 255 on average",
-        f"  look at {folder / 'comparison.png'}",
-        *(_distances(unguided.pipeline.config.out_dir, config.out_dir) if pipeline.side == 32 else []),
         "This small model on few pictures checks the software; it is no evidence about self-attention guidance.",
     ]
+    _write_page(before, masks.share, after, mask, lines, folder)
+    lines.insert(-1, f"  look at {folder / 'index.html'} (or comparison.png)")
     text = "\n".join(lines) + "\n"
     write_atomically(folder / "summary.txt", lambda file: file.write(text.encode()))
     return text
 
 
-def _distances(unguided: str, guided: str) -> list[str]:
-    """Lines about how far two runs are from the embedded pictures, and by how much they differ in that."""
-    from evaluations.judge import Settings, judge
+def _write_page(
+    before: NDArray[np.uint8],
+    share: NDArray[np.float64],
+    after: NDArray[np.uint8],
+    mask: str,
+    lines: Sequence[str],
+    folder: Path,
+) -> None:
+    """index.html: sample by sample unguided, mask and guided, what was run, and what to try next."""
+    columns = {"unguided": before, f"{mask} mask": pictures.masked(after, share), "guided": after}
+    page = templates().get_template("demo.html.j2").render(
+        title="Self-attention guidance, the same noise",
+        introduction=[line.strip() for line in lines],
+        sections=[],
+        columns=list(columns),
+        samples=[[_png(images[i]) for images in columns.values()] for i in range(min(len(before), pictures.SHOWN))],
+        commands=[(f"python scripts/demo.py {flag} --out_dir {folder.parent / f'try_{number}'}", what)
+                  for number, (flag, what) in enumerate(TO_TRY, start=1)],
+    )  # fmt: skip
+    write_atomically(folder / "index.html", lambda file: file.write(page.encode()))
 
-    lines = []
-    with TemporaryDirectory() as cache:
-        for reference, title in REFERENCES.items():
-            settings = Settings(str(MODELS / f"emoji32_{reference}.npz"), unguided, features="emoji", cache=Path(cache))
-            try:
-                before = judge(settings)
-                after = judge(replace(settings, samples=guided, against=unguided))
-            except BadInputError as refusal:
-                return [f"No distances: {refusal}"]
-            lines += [
-                f"Against the {title} (emoji features, N = {after['n']}, value ± standard error):",
-                f"  {'unguided':<20}{_metrics(before['metrics'])}",
-                f"  {'guided':<20}{_metrics(after['metrics'])}",
-                f"  {'guided − unguided':<20}{_metrics(after['difference']['metrics'], '+')}, of paired samples",
-            ]
-    return lines
 
-
-def _metrics(found: Mapping[str, Any], sign: str = "") -> str:
-    """Metrics in one line."""
-    names = ("frechet_distance", "precision", "recall")
-    return ", ".join(f"{TITLES[name]} {measured(found.get(name), sign=sign)}" for name in names)
+def _png(image: NDArray[np.uint8]) -> bytes:
+    """An image [H, W, 3], enlarged, as the bytes of a PNG."""
+    stream = io.BytesIO()
+    Image.fromarray(pictures.enlarge(image, 160)).save(stream, format="png")
+    return stream.getvalue()
