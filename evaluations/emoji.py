@@ -59,4 +59,4 @@ def emoji_features(path: str | Path = WEIGHTS, device: torch.device | None = Non
     device = device or torch.device("cpu")
     with torch.device("meta"):
         module = EmojiFeatures()
-    return FeatureNetwork("emoji", module, load_weights(module, path, device), device=device)
+    return FeatureNetwork("emoji", module, load_weights(module, path, device), sum(WIDTHS), device=device)

@@ -34,6 +34,8 @@ EXTENDED = ("kid", "mind", "fid_infinity", *WIDE, "class_distance", "inception_s
 OF_INCEPTION = ("fid_infinity", "class_distance", "inception_score_shuffled")
 OF_BOTH = {*MANIFOLD, *WIDE, "kid", "mind", "class_distance"}
 """Metrics that compare images with images: statistics alone do not do."""
+UINT8 = "trunc(127.5x + 127.5)"
+"""How guided-diffusion makes uint8 of x in [−1, 1], and so of every sample that its published numbers are of."""
 JACKKNIFED = 128
 """Fewer samples than dimensions, and no more than these: their distance's error is found by leaving one out."""
 NEIGHBOURS_K, EXTENDED_K = 3, 5
@@ -198,9 +200,11 @@ def _manifold(
 def not_comparable(
     features: str, published_weights: bool, reference: Source, samples: Source, metrics: Sequence[str], half: bool
 ) -> list[str]:
-    """Why the numbers cannot stand beside published ones; empty if they can."""
+    """Why the numbers cannot stand beside published ones; empty if they can. features: the network's name."""
     reasons = []
-    if features != "inception":
+    if features.startswith("dinov2"):
+        reasons.append("the weights of DINOv2 are not known to be the published ViT-L/14")
+    elif features != "inception":
         reasons.append(f"the features are {features}, not Inception's")
     elif not published_weights:
         reasons.append("the weights of Inception are not those of the well-known file")
@@ -209,6 +213,13 @@ def not_comparable(
         reasons.append(f"N is {n}, not 50000")
     if not reference.statistics:
         reasons.append("the reference is not a published file with statistics")
+    for source in (reference, samples):
+        if source.statistics and source.statistics_of != features:
+            said = f"are of {source.statistics_of}" if source.statistics_of else "may be of any features"
+            reasons.append(f"the statistics of {source.path} {said}, not said to be of {features}")
+    rule = samples.about.get("uint8", UINT8)
+    if rule != UINT8:
+        reasons.append(f"uint8 of {samples.path} are {rule!s:.60}, guided-diffusion's {UINT8}")
     if set(metrics) & set(MANIFOLD) and not half:
         reasons.append("published precision and recall are of half precision (--pr_dtype fp16)")
     return reasons

@@ -1,27 +1,33 @@
 """Evaluate samples against a reference: FID, sFID, Inception score, precision and recall.
 
 REF and SAMPLES are an npz (arr_0: uint8 [N, H, W, 3]), the folder of a sampling run, a folder of pictures (at any
-depth), or statistics (mu, sigma, mu_s, sigma_s), as in the published VIRTUAL_….npz. A stopped evaluation goes on where
-it was.
+depth), or statistics: mu, sigma, mu_s and sigma_s of an npz, as in the published VIRTUAL_….npz (of other features than
+Inception's where its text `features` says so, or the dimension fits), or a pickle (….pkl) of EDM2's, whose fid is taken
+for inception and whose fd_dinov2 for dinov2; nothing in it is executed. A stopped evaluation goes on where it was.
 
   python evaluations/evaluator.py VIRTUAL_imagenet256_labeled.npz samples_50000x256x256x3.npz --pr_dtype fp16
   mpiexec -n 8 python evaluations/evaluator.py REF runs/mine --json result.json
   python evaluations/evaluator.py configs/models/emoji32_train.npz runs/demo/guided --features emoji
   python evaluations/evaluator.py REF runs/guided --against runs/unguided
+  python evaluations/evaluator.py img512.pkl SAMPLES --features dinov2 --weights dinov2-large
 
 With --against, every metric is also told as a difference to other samples of the same seed. Sample i of both began
 from the same noise, so the difference is known far better than either number.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from evaluations.judge import Settings, cache_folder, judge
+from evaluations.dinov2 import RESIZES
+from evaluations.judge import FEATURES, Settings, cache_folder, judge
 from evaluations.ranks import BadInputError, Ranks, run
 
 TITLES = {
@@ -42,8 +48,20 @@ TITLES = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # which argparse takes for no value at all
+                self.error(f"argument {word[:-3]}: wanted a value, got --")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInputError(f"{message} (--help lists the flags)")
+
+
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", metavar="REF", help="what the samples are compared with")
     parser.add_argument("samples", metavar="SAMPLES", help="what is judged")
     parser.add_argument(
@@ -55,7 +73,7 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything to this file as well")
     parser.add_argument(
-        "--features", choices=("inception", "dinov2", "emoji"), default="inception",
+        "--features", choices=FEATURES, default="inception",
         help="network whose features are compared (default %(default)s, the one that FID is defined by)",
     )  # fmt: skip
     parser.add_argument(
@@ -63,6 +81,11 @@ def arguments() -> argparse.Namespace:
         help="weights of Inception (default: the well-known file, fetched on first use, 96 MB)",
     )  # fmt: skip
     parser.add_argument("--weights", metavar="PATH", type=Path, help="weights of dinov2 (a folder) or emoji (a file)")
+    parser.add_argument(
+        "--resize", choices=RESIZES,
+        help="how images come to dinov2's 224 × 224: edm2, torch's bicubic, not rounded; or dgm-eval, Pillow's, "
+        "rounded to uint8 (default edm2; a result says which, and numbers of the two do not compare)",
+    )  # fmt: skip
     parser.add_argument("--num_samples", metavar="N", type=int, help="judge the first so many samples only")
     parser.add_argument("--metrics", metavar="NAMES", help="only these, comma-separated, like fid,precision")
     parser.add_argument(
@@ -100,7 +123,8 @@ def table(result: dict[str, Any]) -> str:
     """A result for people."""
     images = result["provenance"]["reference"]["images"]
     against = f"{images} images" if images else "statistics"
-    lines = [f"{result['n'] or 'unknown number of'} samples against {against}, {result['features']} features"]
+    by = f", resize as {resize}" if (resize := result["provenance"]["resize"]) else ""
+    lines = [f"{result['n'] or 'unknown number of'} samples against {against}, {result['features']} features{by}"]
     for name, measured in result["metrics"].items():
         lines.append(f"  {TITLES[name]:<26}{shown(name, measured)}")
         if parts := result["parts"].get(name):
@@ -128,29 +152,60 @@ def plain(value: Any) -> Any:
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A new empty file in the folder of `path`, gone at the end; a ValueError where nothing can be written there."""
+    temporary = None
+    try:
+        if path.exists() and not path.is_file():  # not even /dev/null, which would be replaced
+            raise OSError("a folder" if path.is_dir() else "not a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        os.close(descriptor)
+        yield Path(temporary)
+    except OSError as error:
+        raise ValueError(f"--json {path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(plain(value), file, indent=1, allow_nan=False)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    """Write a JSON file whole or not at all; a ValueError where it cannot be."""
+    with temporary_beside(path) as temporary:
+        temporary.write_text(json.dumps(plain(value), indent=1, allow_nan=False), encoding="utf-8")
+        temporary.chmod(0o644)
+        temporary.replace(path)
 
 
+def check_place(path: Path) -> None:
+    """Find out before all the work whether its result can be written to `path`; a ValueError if not."""
+    with temporary_beside(path):
+        pass
+
+
+@contextlib.contextmanager
+def short_sentences() -> Iterator[None]:
+    """Cut what is said of bad input, and may quote all of it, to some lines that control no terminal."""
+    try:
+        yield
+    except BadInputError as error:
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(error).split()))
+        raise BadInputError(text if len(text) <= 1000 else f"{text[:500]} … {text[-500:]}") from None
+
+
+@short_sentences()
 def judge_and_tell(ranks: Ranks) -> None:
     """Evaluate what the command line says; rank 0 prints the table."""
     args = vars(arguments())
     path = args.pop("json")
     metrics = args.pop("metrics")
+    ranks.first(lambda: check_place(path) if path else None)
     result = judge(Settings(**args, metrics=tuple(metrics.split(",")) if metrics else None), ranks)
     if ranks.rank == 0:
-        print(table(result))
+        print(table(result), flush=True)
         if path:
-            try:
-                write_json(path, result)
-            except OSError as error:
-                raise BadInputError(f"--json: {error.filename}: {error.strerror}") from None
+            Ranks().agree(lambda: write_json(path, result))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Features of images, computed block by block over the ranks and kept on disk, so that nothing is computed twice."""
 
 import hashlib
+import io
 import os
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from evaluations.sources import Images
 
 BLOCK = 512
 """Images in a file of the cache."""
+
+DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,19 +133,29 @@ def _read(images: Images, number: int) -> tuple[NDArray[np.uint8], str]:
 
 
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
+    """Whether a file of the cache is as `_write` left it: an array of this shape, and behind it its SHA-256."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        data = path.read_bytes()
+    except OSError:
         return False
+    if hashlib.sha256(data[:-DIGEST_SIZE]).digest() != data[-DIGEST_SIZE:]:
+        return False
+    array = np.load(io.BytesIO(data), allow_pickle=False)
     return array.shape == shape and array.dtype == np.float32
 
 
 def _write(path: Path, array: NDArray) -> None:
-    """Write an array whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+    """Write an array, and behind it the SHA-256 of all before, whole or not at all; an OSError names the file."""
+    stream = io.BytesIO()
+    np.save(stream, array)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.save(file, array)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(stream.getbuffer())
+                file.write(hashlib.sha256(stream.getbuffer()).digest())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -218,7 +218,7 @@ def inception(path: str | Path, device: torch.device) -> FeatureNetwork:
     for part in [part for part in module.modules() if isinstance(part, ConvNorm)]:
         part.fuse()
     module.to(memory_format=torch.channels_last)
-    return FeatureNetwork("inception", module, weights, distance="fid", device=device)
+    return FeatureNetwork("inception", module, weights, 2048, distance="fid", device=device)
 
 
 def published_weights(cache: Path) -> Path:

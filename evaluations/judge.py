@@ -2,11 +2,12 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evaluations.dinov2 import dinov2
+from evaluations.dinov2 import RESIZES, dinov2
 from evaluations.emoji import WEIGHTS, emoji_features
 from evaluations.evaluation import (
     OF_BOTH,
@@ -24,7 +25,11 @@ from evaluations.inception import SHA256, inception, published_weights
 from evaluations.networks import FeatureNetwork, use_whole_floats, versions
 from evaluations.pairing import why_not_paired
 from evaluations.ranks import Ranks
-from evaluations.sources import Source, open_source
+from evaluations.sources import INCEPTION, Source, open_source
+
+FEATURES = ("inception", "dinov2", "emoji")
+OF_A_RUN = ("guidance", "uint8", "network_evaluations_per_sample", "hash")
+"""What is taken from a run's manifest into a result."""
 
 
 def cache_folder() -> Path:
@@ -39,8 +44,9 @@ class Settings:
 
     num_samples: judge the first so many samples only. metrics: names, None for all that the sources allow. inception:
     its weights, None for the well-known file. weights: those of dinov2 (a folder) or emoji (a file, None for the
-    embedded one). against: other samples that the metrics are also computed of, for the differences with their paired
-    errors. paired: sample i of both is known to belong together, whatever their runs say of themselves.
+    embedded one). resize: of dinov2, "edm2" (the default) or "dgm-eval". against: other samples that the metrics are
+    also computed of, for the differences with their paired errors. paired: sample i of both is known to belong
+    together, whatever their runs say of themselves.
     """
 
     reference: str
@@ -50,6 +56,7 @@ class Settings:
     features: str = "inception"
     inception: Path | None = None
     weights: Path | None = None
+    resize: str | None = None
     metrics: tuple[str, ...] | None = None
     num_samples: int | None = None
     extended: bool = False
@@ -63,14 +70,26 @@ class Settings:
         """What the Fréchet distance of these features is called: FID is Inception's alone."""
         return "fid" if self.features == "inception" else "frechet_distance"
 
+    @property
+    def network(self) -> str:
+        """The name of the network that computes these features (`FeatureNetwork.name`)."""
+        return f"dinov2-{self.resize or 'edm2'}" if self.features == "dinov2" else self.features
+
 
 def feature_network(settings: Settings, ranks: Ranks) -> FeatureNetwork:
     """The network that the flags ask for, with its weights, on the device of this rank."""
-    if settings.features != "inception":
-        return ranks.agree(lambda: dinov2(settings.weights, ranks.device) if settings.features == "dinov2"
-                           else emoji_features(settings.weights or WEIGHTS, ranks.device))  # fmt: skip
+    if settings.features == "dinov2":
+        return ranks.agree(lambda: _dinov2(settings, ranks))
+    if settings.features == "emoji":
+        return ranks.agree(lambda: emoji_features(settings.weights or WEIGHTS, ranks.device))
     path = ranks.first(lambda: settings.inception or published_weights(cache_folder()))
     return ranks.agree(lambda: inception(path, ranks.device))
+
+
+def _dinov2(settings: Settings, ranks: Ranks) -> FeatureNetwork:
+    if settings.weights is None:
+        raise ValueError("--features dinov2: give --weights, a folder with config.json and model.safetensors")
+    return dinov2(settings.weights, ranks.device, settings.resize or "edm2")
 
 
 def chosen_metrics(settings: Settings, reference: Source, samples: Source) -> list[str]:
@@ -88,24 +107,39 @@ def chosen_metrics(settings: Settings, reference: Source, samples: Source) -> li
 
 def check(settings: Settings, reference: Source, samples: Source) -> None:
     """A ValueError where the flags do not go together, or two sources cannot be compared by the features asked for."""
-    if settings.features == "dinov2" and settings.weights is None:
-        raise ValueError("--features dinov2: give --weights, a folder with config.json and model.safetensors")
+    if settings.features not in FEATURES:
+        raise ValueError(f"--features: wanted one of {', '.join(FEATURES)}, got {settings.features!r}")
+    if settings.resize is not None and settings.features != "dinov2":
+        raise ValueError("--resize: only --features dinov2 has several, those of other features are fixed")
+    if settings.resize not in (None, *RESIZES):
+        raise ValueError(f"--resize: wanted one of {', '.join(RESIZES)}, got {settings.resize!r}")
     if settings.features == "inception" and settings.weights is not None:
         raise ValueError("--weights: the weights of Inception are given by --inception")
     for source in (reference, samples):
         if source.images is not None and not source.statistics and len(source.images) < 2:
             raise ValueError(f"{source.path}: wanted 2 images or more, got {len(source.images)}")
-        if source.statistics and settings.features != "inception":
-            needs = f"--features {settings.features} needs images alone"
-            raise ValueError(f"{source.path}: holds statistics of Inception features; {needs}")
-        for feature, name, size in (("pool", "mu", 2048), ("spatial", "mu_s", 2023)):
-            if (gaussian := source.statistics.get(feature)) and len(gaussian.mean) != size:
+        for feature, name, size in (("pool", "mu", INCEPTION), ("spatial", "mu_s", 2023)):
+            if (
+                settings.features == "inception"
+                and (gaussian := source.statistics.get(feature))
+                and len(gaussian.mean) != size
+            ):
                 raise ValueError(f"{source.path}: {name}: wanted {size} dimensions, got {len(gaussian.mean)}")
+
+
+def check_dimensions(network: FeatureNetwork | None, sources: Sequence[Source]) -> None:
+    """A ValueError where statistics have not as many dimensions as the network's features, or as each other."""
+    wanted = network and network.dimensions
+    for source in sources:
+        if gaussian := source.statistics.get("pool"):
+            wanted = wanted or len(gaussian.mean)
+            if len(gaussian.mean) != wanted:
+                raise ValueError(f"{source.path}: mu: wanted {wanted} dimensions, got {len(gaussian.mean)}")
 
 
 def open_samples(settings: Settings, path: str) -> Source:
     """Samples, or as many of them as are asked for."""
-    source = open_source(path)
+    source = open_source(path, settings.features)
     if settings.num_samples is None:
         return source
     if source.images is None:
@@ -118,7 +152,7 @@ def open_samples(settings: Settings, path: str) -> Source:
 
 def open_all(settings: Settings) -> list[Source]:
     """The reference, the samples, and what these are compared with; a ValueError where samples are not paired."""
-    sources = [open_source(settings.reference), open_samples(settings, settings.samples)]
+    sources = [open_source(settings.reference, settings.features), open_samples(settings, settings.samples)]
     if settings.against:
         sources.append(open_samples(settings, settings.against))
         known = replace(sources[1], about={"identity": {}}), replace(sources[2], about={"identity": {}})
@@ -135,7 +169,10 @@ def described(side: Side) -> dict[str, Any]:
         "images": len(images) if images else None,
         "sha256_of_blocks": side.features.digest if side.features else None,
         "statistics": sorted(side.source.statistics),
-        "run": {key: about[key] for key in ("guidance", "network_evaluations_per_sample", "hash") if key in about},
+        "statistics_of": side.source.statistics_of or None,
+        "run": {
+            key: about[key] for key in ("guidance", "uint8", "network_evaluations_per_sample", "hash") if key in about
+        },
     }
 
 
@@ -159,11 +196,14 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
     for warning in warnings(reference, sets[0], metrics) if ranks.rank == 0 else []:
         sys.stderr.write(f"warning: {warning}\n")
 
-    sides, network = [], None
-    for word, source in zip(("reference", "samples", "against"), (reference, *sets), strict=False):
+    sources = [reference, *sets]
+    seen = [source.images is not None and (not source.statistics or bool(set(metrics) & OF_BOTH)) for source in sources]
+    network = feature_network(settings, ranks) if any(seen) else None
+    ranks.agree(lambda: check_dimensions(network, sources))
+    sides = []
+    for word, source, is_seen in zip(("reference", "samples", "against"), sources, seen, strict=False):
         features = None
-        if source.images is not None and (not source.statistics or set(metrics) & OF_BOTH):
-            network = network or feature_network(settings, ranks)
+        if is_seen:
             features = extract(source.images, network, settings.cache, ranks, settings.batch_size, word)
         sides.append(Side(source, features))
         for warning in few(word, sides[-1], metrics) if ranks.rank == 0 else []:
@@ -173,7 +213,7 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
     half = settings.pr_dtype == "fp16"
     found, *others = (evaluate(sides[0], side, metrics, half, ranks.device, settings.seed) for side in sides[1:])
     weights = network.weights if network else None
-    because = not_comparable(settings.features, weights in (SHA256, None), reference, sets[0], metrics, half)
+    because = not_comparable(settings.network, weights in (SHA256, None), reference, sets[0], metrics, half)
     result = {
         "metrics": {name: measured.described() for name, measured in found.metrics.items()},
         "parts": {
@@ -188,6 +228,7 @@ def judge(settings: Settings, ranks: Ranks | None = None) -> dict[str, Any]:
             "reference": described(sides[0]),
             "samples": described(sides[1]),
             "weights_sha256": weights,
+            "resize": network.name.partition("-")[2] or None if network else None,
             "pr_dtype": settings.pr_dtype,
             "seed": settings.seed,
             "versions": versions(),

@@ -26,12 +26,14 @@ class Features:
 class FeatureNetwork:
     """A network with its weights: uint8 images [N, 3, H, W] to `Features`, float32.
 
-    name: as --features calls it. weights: SHA-256 of the weights file. distance: what its Fréchet distance is called.
+    name: as --features calls it, and after a hyphen which of its kinds, where there are several. weights: SHA-256 of
+    the weights file. dimensions: D of `Features.pool`. distance: what its Fréchet distance is called.
     """
 
     name: str
     module: nn.Module
     weights: str
+    dimensions: int
     distance: str = "frechet_distance"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 

@@ -13,10 +13,15 @@ from PIL import Image, UnidentifiedImageError
 
 from evaluations.arrays import ArrayFile, names
 from evaluations.moments import Gaussian
+from evaluations.pickles import load_pickle
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 MAX_DIMENSIONS = 16384
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+PICKLED = {"fid": "inception", "fd_dinov2": "dinov2-edm2"}
+"""The features of each entry of a pickle of EDM2's kind."""
+INCEPTION = 2048
+"""Dimensions of Inception's features; no other network here has as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,22 +85,35 @@ class Images:
 class Source:
     """One side of an evaluation. statistics: by feature, "pool" and "spatial", where the file brings them.
 
-    about: what the run that made the images says of itself (its manifest), where there is one.
+    statistics_of: the features that they are of, by the network's name (`FeatureNetwork.name`); empty where the file
+    does not say. about: what the run that made the images says of itself (its manifest), where there is one.
     """
 
     path: str
     images: Images | None = None
     statistics: dict[str, Gaussian] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    statistics_of: str = ""
 
 
-def open_source(path: str) -> Source:
-    """What lies at `path`: an npz, a folder of shards, or a folder of pictures; a ValueError says what is wrong."""
+def open_source(path: str, features: str = "inception") -> Source:
+    """What lies at `path`: an npz, a pickle of statistics, a folder of shards or of pictures.
+
+    features: those that statistics must be of; a file that has images too is taken without others. A ValueError says
+    what is wrong.
+    """
     if bf.isdir(path):
         return _open_folder(path)
+    if path.endswith((".pkl", ".pickle")):
+        return _open_pickle(path, features)
     found = names(path)
     has_images = "arr_0" in found
     statistics = _statistics(path, found)
+    statistics_of = _features_of(path, found, statistics) if statistics else ""
+    if statistics_of.partition("-")[0] not in ("", features):
+        if not has_images:
+            raise ValueError(f"{path}: holds statistics of {statistics_of} features, wanted those of {features}")
+        statistics, statistics_of = {}, ""
     if not has_images and not statistics:
         raise ValueError(
             f"{path}: wanted images (arr_0) or statistics (mu, sigma), got {', '.join(found) or 'nothing'}"
@@ -105,7 +123,8 @@ def open_source(path: str) -> Source:
         array = _image_array(path)
         images = Images([Part(path, 0, len(array), array)], array.shape[1:3], _labels([path], len(array)))
     manifest = _manifest(bf.join(bf.dirname(path), "manifest.json"))
-    return Source(path, images, statistics, manifest if manifest.get("file") == bf.basename(path) else {})
+    about = manifest if manifest.get("file") == bf.basename(path) else {}
+    return Source(path, images, statistics, about, statistics_of)
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -161,14 +180,40 @@ def _statistics(path: str, found: Sequence[str]) -> dict[str, Gaussian]:
         if len(there) == 1:
             raise ValueError(f"{path}: wanted both {pair[0]} and {pair[1]}, got {there[0]} alone")
         if there:
-            statistics[feature] = _gaussian(path, *pair)
+            statistics[feature] = _gaussian(path, {name: ArrayFile(path, name) for name in pair})
     if "spatial" in statistics and "pool" not in statistics:
         raise ValueError(f"{path}: wanted mu and sigma beside mu_s and sigma_s, got none")
     return statistics
 
 
-def _gaussian(path: str, mean_name: str, covariance_name: str) -> Gaussian:
-    arrays = {name: ArrayFile(path, name) for name in (mean_name, covariance_name)}
+def _features_of(path: str, found: Sequence[str], statistics: dict[str, Gaussian]) -> str:
+    """The features that an npz's statistics are of: what its text `features` says, else what their shapes tell."""
+    if "features" in found:
+        text = ArrayFile(path, "features")
+        if text.dtype.kind != "U" or text.shape or text.dtype.itemsize > 4 * 64:
+            raise ValueError(f"{path}: features: wanted a name like dinov2-edm2, got {text.dtype} {list(text.shape)}")
+        return str(text.read(0, 1)[0])
+    return "inception" if "spatial" in statistics or len(statistics["pool"].mean) == INCEPTION else ""
+
+
+def _open_pickle(path: str, features: str) -> Source:
+    """Statistics as EDM2 keeps them: a dict of {"mu", "sigma"} by metric."""
+    found = load_pickle(path)
+    entries = {entry: PICKLED.get(entry, entry) for entry, part in found.items() if isinstance(part, dict)}
+    for entry, statistics_of in entries.items():
+        if statistics_of.partition("-")[0] == features:
+            missing = [name for name in STATISTICS["pool"] if not isinstance(found[entry].get(name), np.ndarray)]
+            if missing:
+                raise ValueError(f"{path}: {entry}: wanted arrays mu and sigma, got no {missing[0]}")
+            pair = {f"{entry}: {name}": found[entry][name] for name in STATISTICS["pool"]}
+            return Source(path, statistics={"pool": _gaussian(path, pair)}, statistics_of=statistics_of)
+    got = ", ".join(f"{entry} ({of})" for entry, of in entries.items()) or "none"
+    raise ValueError(f"{path}: wanted statistics of {features} features, got {got:.200}")
+
+
+def _gaussian(path: str, arrays: dict[str, NDArray | ArrayFile]) -> Gaussian:
+    """The Gaussian of a mean and a covariance, by their names in the file."""
+    mean_name, covariance_name = arrays
     shape = arrays[mean_name].shape
     if shape and shape[0] > MAX_DIMENSIONS:
         raise ValueError(f"{path}: {mean_name}: wanted at most {MAX_DIMENSIONS} dimensions, got {shape[0]}")
@@ -177,7 +222,8 @@ def _gaussian(path: str, mean_name: str, covariance_name: str) -> Gaussian:
         if len(shape) != 1 or array.shape != wanted or array.dtype.kind != "f":
             kind = "floats [D]" if name == mean_name else f"floats {list(wanted)}"
             raise ValueError(f"{path}: {name}: wanted {kind}, got {array.dtype} {list(array.shape)}")
-    mean, covariance = (array.all().astype(np.float64) for array in arrays.values())
+    mean, covariance = (np.asarray(array.all() if isinstance(array, ArrayFile) else array, np.float64)
+                        for array in arrays.values())  # fmt: skip
     for name, value in ((mean_name, mean), (covariance_name, covariance)):
         if not np.isfinite(value).all():
             raise ValueError(f"{path}: {name}: wanted finite numbers, got NaN or infinity")
@@ -265,6 +311,8 @@ def _open_shards(folder: str, names_: Sequence[str], samples: int | None) -> Ima
 
 
 def _picture(path: str) -> NDArray[np.uint8]:
+    if "://" not in path and not Path(path).is_file():
+        raise ValueError(f"{path}: wanted a picture, got what is no file")  # a pipe would be waited for without end
     try:
         with bf.BlobFile(path, "rb") as file, Image.open(file) as image:
             if image.mode != "RGB":

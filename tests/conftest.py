@@ -28,3 +28,12 @@ def small_conditional():
     torch.manual_seed(0)
     network, diffusion = create_model_and_diffusion(**SMALL, class_cond=True, num_classes=4, null_label=True)
     return randomised(network), diffusion
+
+
+@pytest.fixture
+def full_disk():
+    """Let every file end at so many bytes from now on: the system refuses to write more, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -28,8 +28,8 @@ JUDGES = {"tables", "commands"}
 
 # The modules of the evaluation, which knows nothing of guided_diffusion: each may import those before it.
 EVALUATIONS = [
-    "disturbances", "arrays", "measured", "moments", "neighbours", "scores", "networks", "inception", "emoji", "dinov2",
-    "ranks", "sources", "pairing", "features", "evaluation", "judge", "__init__", "evaluator",
+    "disturbances", "arrays", "pickles", "measured", "moments", "neighbours", "scores", "networks", "inception",
+    "emoji", "dinov2", "ranks", "sources", "pairing", "features", "evaluation", "judge", "__init__", "evaluator",
 ]  # fmt: skip
 
 

@@ -81,12 +81,15 @@ def ranking(study: Mapping[str, Any], change: Mapping[str, Mapping[str, Any]]) -
 
 
 def recommended_sigma(change: Mapping[str, Mapping[str, Any]]) -> str:
-    """The σ of one block by `RULE`, as text; change: by σ, with the mean-pixel blur `inf`."""
-    most = change["inf"]["value"]
+    """The σ of one block by `RULE`, as text; change: by σ, with the mean-pixel blur `inf`.
+
+    Where that changed nothing that could be measured, as of a network that puts out zeros, it is the smallest.
+    """
+    most = change["inf"]["value"] or 0
     finite = sorted((text for text in change if math.isfinite(float(text))), key=float)
     if not finite:
         return "inf"
-    return next((text for text in finite if change[text]["value"] >= ENOUGH * most), finite[-1])
+    return next((text for text in finite if (change[text]["value"] or 0) >= ENOUGH * most), finite[-1])
 
 
 def recommendation(rows: Sequence[Mapping[str, Any]], change: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

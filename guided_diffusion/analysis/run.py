@@ -1,6 +1,6 @@
 """The attention report of a model: its samples watched, known images studied, blocks ranked, all of it written down."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,8 @@ def build(config: ReportConfig, subject: Subject) -> Analysis:
     return Analysis(config, subject, blocks, sigmas, images)
 
 
-def run(analysis: Analysis, folder: Path) -> str:
-    """Make the samples, and leave the report and the pictures in a folder; returns the report as Markdown."""
+def run(analysis: Analysis, folder: Path, show: Callable[[str], None]) -> None:
+    """Make the samples, show the report as Markdown, and leave it and the pictures in a folder."""
     config, subject, sigmas = analysis.config, analysis.subject, analysis.sigmas
     pipeline, of = subject.pipeline, subject.pipeline.num_steps
     shown = sorted({int(step) for step in np.linspace(of - 1, 0, min(config.shown_steps, of)).round()}, reverse=True)
@@ -129,9 +129,9 @@ def run(analysis: Analysis, folder: Path) -> str:
         "report.md": report.markdown(results),
         "report.html": report.html(results, looks),
     }
+    show(texts["report.md"])
     for name, text in texts.items():
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
-    return texts["report.md"]
 
 
 def _results(

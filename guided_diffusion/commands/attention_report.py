@@ -18,6 +18,7 @@ Without --data_dir the known images are the samples of the run. Stable Diffusion
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..analysis.run import build, run
@@ -41,5 +42,5 @@ def main() -> None:
     folder = Path(subject.pipeline.config.out_dir or "runs/attention")
     with exit_on_bad_input("out_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-    print(run(analysis, folder))
+    run(analysis, folder, partial(print, flush=True))
     print(f"look at {folder / 'report.html'}")

@@ -41,9 +41,9 @@ from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Configs, image_run
 from ..runs.ranks import command, start
 from ..runs.sample_store import SampleStore, Shard
 from ..runs.timing import in_turns, medians, peak_bytes, seconds
-from ..settings.options import parse_args
+from ..settings.options import Parser, parse_args, whole
 from ..storage import pictures
-from ..storage.files import json_text
+from ..storage.files import json_text, write_atomically
 
 import torch  # isort: skip (after evaluations, which sets how its threads wait)
 
@@ -316,17 +316,15 @@ def machine() -> dict[str, object]:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each (default %(default)s)")
+    parser.add_argument("--repeats", type=whole(1), default=5, help="repetitions of each (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows and the machine to this file")
     args = parser.parse_args()
     names = args.only.split(",")
     for name in names:
         if name not in SECTIONS:
             parser.error(f"--only: wanted some of {', '.join(SECTIONS)}, got {name!r}")
-    if args.repeats < 1:
-        parser.error(f"--repeats: wanted 1 or more, got {args.repeats}")
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
     rows = []
@@ -338,4 +336,5 @@ def main() -> None:
                 print(f"{row.section:<11} {row.what:<64} {row.value:8.3f} {row.unit}{goal}", flush=True)
                 rows.append(row)
     if args.json:
-        args.json.write_text(json_text({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1))
+        text = json_text({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1)
+        write_atomically(args.json, lambda file: file.write(text.encode()))

@@ -58,13 +58,13 @@ def accuracies(loop: ClassifierLoop, folders: list[str], image_size: int, seed: 
 
 
 def report(loop: ClassifierLoop, folders: list[str], image_size: int, seed: int) -> None:
-    """Say where the trained network is, then write and say how often it is right."""
+    """Say where the trained network is, then say and write how often it is right."""
     print(f"trained {loop.step} steps; the weights are {loop.out_dir}/model{loop.step:06d}.pt", flush=True)
     found = accuracies(loop, folders, image_size, seed)
-    write_atomically(loop.out_dir / "accuracy.json", lambda file: file.write(json_text(found, indent=1).encode()))
     print("accuracy at t =", *found["t"])
     for folder, count in found["images"].items():
-        print(f"{folder} (N = {count}):", *found[folder])
+        print(f"{folder} (N = {count}):", *found[folder], flush=True)
+    write_atomically(loop.out_dir / "accuracy.json", lambda file: file.write(json_text(found, indent=1).encode()))
 
 
 @command

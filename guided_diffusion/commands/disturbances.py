@@ -135,7 +135,7 @@ def main() -> None:
         found = table(source, samples, network, args.num_samples, args.batch_size, args.seed)
     except (ValueError, BadInputError) as refusal:
         raise BadInput(str(refusal)) from None
-    found |= {"features": args.features, "weights_sha256": network.weights, "reference": args.reference,
+    found |= {"features": network.name, "weights_sha256": network.weights, "reference": args.reference,
               "seed": args.seed, "versions": versions()}  # fmt: skip
     print(shown(found))
     if args.json:

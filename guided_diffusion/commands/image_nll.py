@@ -12,14 +12,33 @@ beginnings of the file names (label_name.png) in sorted order, as in training. W
       --data_dir PICTURES --batch_size 64
 """
 
+from functools import partial
+from typing import Any
+
 from ..diffusion.diffusion import build_diffusion
 from ..networks.building import build_network, fill, make_ready, unfilled
 from ..runs.likelihood import measure
 from ..runs.ranks import command, start
+from ..settings.model import NetworkConfig
 from ..settings.options import exit_on_bad_input, parse_args, resolved
+from ..settings.runs import LikelihoodConfig
 from ..settings.scripts import SCRIPTS
 from ..storage.files import json_text
 from ..storage.images import ImageFolder, found
+
+
+def show(likelihood: LikelihoodConfig, network: NetworkConfig, result: dict[str, Any]) -> None:
+    """Print what nll.json will hold, or what people want to know of it."""
+    if likelihood.json:
+        print(json_text(result), flush=True)
+        return
+    total, prior = result["total_bpd"], result["prior_bpd"]
+    error = "" if total["error"] is None else f" ± {total['error']:.4f}"
+    images, n = result["images"], result["n"]
+    there = found(likelihood.data_dir, images["of"], images["classes"], network.num_classes)
+    how = f"drawn by seed {likelihood.seed}" if images["drawn"] else "the first by name"
+    bits = f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}"
+    print(f"{bits}; N = {n} of {there}{f', {how}' if n < images['of'] else ''}", flush=True)
 
 
 @command
@@ -38,16 +57,4 @@ def main() -> None:
             network = build_network(network_config, diffusion_config.learn_sigma)
         fill(network, likelihood.model_path, network_config, diffusion_config.learn_sigma, job.device)
         make_ready(network, network_config.use_fp16)
-    result = measure(images, network, diffusion, likelihood, resolved(*configs), job)
-    if result is None:
-        return
-    if likelihood.json:
-        print(json_text(result))
-        return
-    total, prior = result["total_bpd"], result["prior_bpd"]
-    error = "" if total["error"] is None else f" ± {total['error']:.4f}"
-    images, n = result["images"], result["n"]
-    there = found(likelihood.data_dir, images["of"], images["classes"], network_config.num_classes)
-    how = f"drawn by seed {likelihood.seed}" if images["drawn"] else "the first by name"
-    bits = f"{total['value']:.4f}{error} bits per dimension, of which prior {prior['value']:.2g}"
-    print(f"{bits}; N = {n} of {there}{f', {how}' if n < images['of'] else ''}")
+    measure(images, network, diffusion, likelihood, resolved(*configs), job, partial(show, likelihood, network_config))

@@ -9,25 +9,27 @@ import argparse
 
 from ..networks.inspection import NOT_IN_SHAPES, channels_said, inspect
 from ..runs.ranks import command
-from ..settings.model import check_heads
-from ..settings.options import exit_on_bad_input
+from ..settings.model import MOST_WIDTH, check_heads
+from ..settings.options import MOST_SIDE, Parser, exit_on_bad_input, whole
 from ..storage.checkpoints import load_state_dict
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help=".pt or .safetensors, local or an address")
-    parser.add_argument("--image_size", type=int, help="side of the images; default: guessed from the widths")
-    parser.add_argument("--num_heads", type=int, default=4, help="of the network's flags (default 4)")
     parser.add_argument(
-        "--num_head_channels", type=int, default=-1, help="of the network's flags (default -1: num_heads)"
+        "--image_size", type=whole(1, MOST_SIDE), help="side of the images; default: guessed from the widths"
+    )
+    parser.add_argument("--num_heads", type=whole(1, MOST_WIDTH), default=4, help="of the network's flags (default 4)")
+    parser.add_argument(
+        "--num_head_channels",
+        type=whole(-1, MOST_WIDTH),
+        default=-1,
+        help="of the network's flags (default -1: num_heads)",
     )
     args = parser.parse_args()
     with exit_on_bad_input():
-        for flag, value in (("image_size", args.image_size or 1), ("num_heads", args.num_heads)):
-            if value < 1:
-                raise ValueError(f"{flag}: wanted 1 or more, got {value}")
         check_heads("num_head_channels", args.num_head_channels)
         state = load_state_dict(args.file)
         try:

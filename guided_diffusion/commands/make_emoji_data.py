@@ -6,15 +6,18 @@ OUT/alpha (each glyph's opacity: its object mask). Files are named label_name.pn
 """
 
 import argparse
+import os
 import re
 import zlib
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ..runs.ranks import command
-from ..settings.options import exit_on_bad_input
+from ..settings.options import MOST_SIDE, Parser, exit_on_bad_input, whole
+from ..storage.pictures import save_png
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"
@@ -49,10 +52,14 @@ def draw_glyph(font: ImageFont.FreeTypeFont, code_point: int, size: int, margin:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write, for example data/emoji32")
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures in pixels (default 32)")
-    parser.add_argument("--margin", type=int, default=2, help="empty pixels around the glyph (default 2)")
+    parser.add_argument(
+        "--size", type=whole(1, MOST_SIDE), default=32, help="side of the pictures in pixels (default 32)"
+    )
+    parser.add_argument(
+        "--margin", type=whole(0, MOST_SIDE), default=2, help="empty pixels around the glyph (default 2)"
+    )
     parser.add_argument(
         "--groups",
         default="",
@@ -62,8 +69,10 @@ def main() -> None:
     parser.add_argument("--font", default=FONT, help="the Noto Color Emoji font file (default %(default)s)")
     parser.add_argument("--emoji_test", default=EMOJI_TEST, help="Unicode's list of emoji (default %(default)s)")
     args = parser.parse_args()
+    if 2 * args.margin >= args.size:
+        parser.error(f"--margin: {args.margin} to each side leave nothing of --size {args.size}")
     for needed in (args.font, args.emoji_test):
-        if not Path(needed).is_file():
+        if not os.path.isfile(needed):
             parser.error(f"{needed} is not there; on Debian: apt install fonts-noto-color-emoji unicode-data")
 
     glyphs = [
@@ -82,7 +91,6 @@ def main() -> None:
         background = Image.new("RGBA", glyph.size, (GREY, GREY, GREY, 255))
         held_out = zlib.crc32(b"%d" % code_point) % 100 < HELD_OUT_PERCENT
         file = f"{group}_{name}.png"
-        Image.alpha_composite(background, glyph).convert("RGB").save(
-            args.out / ("held_out" if held_out else "train") / file
-        )
-        glyph.getchannel("A").save(args.out / "alpha" / file)
+        picture = Image.alpha_composite(background, glyph).convert("RGB")
+        save_png(np.asarray(picture), args.out / ("held_out" if held_out else "train") / file)
+        save_png(np.asarray(glyph.getchannel("A")), args.out / "alpha" / file)

@@ -2,7 +2,8 @@
 
 A plan is a file of configs/tables (its name is enough) or of your own: table1 … table11, scales and baselines of the
 paper, and demo for the embedded model. Writes results.json, report.md and report.html to --out_dir after every row; the
-same command goes on where it stopped, and another one may run other rows in the same folder at the same time. Under
+same command goes on where it stopped, and another one may run other rows in the same folder at the same time. Ends with
+status 1 where no row could be measured. Under
 mpiexec or torchrun all ranks share the work of each row.
 
   python scripts/reproduce.py demo --samples 64 --rows unguided,sag
@@ -16,17 +17,17 @@ from pathlib import Path
 from evaluations.ranks import start as start_ranks
 
 from ..runs.ranks import command, start
-from ..settings.options import exit_on_bad_input
+from ..settings.options import Parser, exit_on_bad_input, whole
 from ..tables.forecast import forecast
 from ..tables.plans import read_plan
 from ..tables.rows import fetch, run_rows
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", help="a name in configs/tables, or a YAML file")
     parser.add_argument("--rows", default="*", help="names of rows, comma-separated, with * and ? (default: all)")
-    parser.add_argument("--samples", type=int, help="samples of each row, instead of the plan's")
+    parser.add_argument("--samples", type=whole(1), help="samples of each row, instead of the plan's")
     parser.add_argument("--batch_size", help="images at a time, or auto, instead of the plan's")
     parser.add_argument("--out_dir", type=Path, help="folder of the results (default: runs/tables/PLAN)")
     parser.add_argument("--inception", type=Path, help="weights of the evaluator's Inception (default: fetched)")
@@ -34,8 +35,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timing", action="store_true", help="with --dry_run: time a few steps, print expected hours")
     parser.add_argument("--fetch", action="store_true", help="bring the files of the rows to the cache, and stop")
     args = parser.parse_args()
-    if args.samples is not None and args.samples < 1:
-        parser.error(f"--samples: wanted 1 or more, got {args.samples}")
     if args.timing and not args.dry_run:
         parser.error("--timing: is of --dry_run")
     return args
@@ -62,7 +61,9 @@ def main() -> None:
     folder = args.out_dir or Path("runs/tables") / plan.name
     with exit_on_bad_input("out_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-    run_rows(plan, rows, changes, folder, args.inception, job, ranks)
+    measured = run_rows(plan, rows, changes, folder, args.inception, job, ranks)
     if ranks.rank == 0:
         print((folder / "report.md").read_text(encoding="utf-8"))
         print(f"look at {folder / 'report.html'}")
+        if not measured:
+            raise SystemExit(f"none of {len(rows)} rows was measured; why not stands in the report")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,6 +27,8 @@ from evaluations.emoji import WEIGHTS, WIDTHS, EmojiFeatures
 from evaluations.networks import load_weights
 
 from ..runs.ranks import command
+from ..settings.options import MOST_AT_A_TIME, MOST_SEED, Parser, whole
+from ..storage.files import write_atomically
 
 GREY = 128
 SHIFT = 3
@@ -93,15 +95,19 @@ def spread(features: EmojiFeatures, pictures: NDArray[np.uint8], seed: int) -> T
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of 32×32 pictures, each picture a glyph")
     parser.add_argument("--init", type=Path, help="begin with the weights of this file")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps (default %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures a step (default %(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=3000, help="training steps (default %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=whole(1, MOST_AT_A_TIME), default=64, help="pictures a step (default %(default)s)"
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed (default %(default)s)")
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="seed (default %(default)s)")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="file to write (default %(default)s)")
     args = parser.parse_args()
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr: wanted more than 0, got {args.lr}")
 
     files = [file for folder in args.folders for file in sorted(folder.glob("*.png"))]
     if not files:
@@ -129,6 +135,8 @@ def main() -> None:
         pool = network.features.means(images)[-1]
         scores = network.glyph(pool)
         loss = F.cross_entropy(scores, glyph, label_smoothing=0.1) + F.mse_loss(network.damage(pool), amount) * 10
+        if not loss.isfinite():
+            raise FloatingPointError(f"step {step}: the loss is not finite; give a smaller --lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -138,8 +146,7 @@ def main() -> None:
             tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, glyphs right {right / seen:.1%} of the last {seen}")
             seen = right = 0
     network.features.spread = spread(network.features, pictures.permute(0, 2, 3, 1).byte().numpy(), args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half() if tensor.is_floating_point() and name != "spread" else tensor
              for name, tensor in network.features.state_dict().items()}  # fmt: skip
-    save_file(state, args.out)
+    write_atomically(args.out, lambda file: file.write(save(state)))
     print(f"{sum(p.numel() for p in network.features.parameters()):,} parameters, {len(files)} glyphs: {args.out}")

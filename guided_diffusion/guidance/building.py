@@ -12,7 +12,7 @@ from ..networks.unet import UNetModel
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import NetworkConfig
 from ..settings.options import numbers
-from ..storage.files import read_arrays
+from ..storage.files import open_regular, read_arrays
 from .base import Guidance, Interval
 from .classifier_free import ClassifierFreeGuidance, null_class
 from .masked_blur import MaskedBlur, MaskGuidance
@@ -28,7 +28,7 @@ MAPS = (np.float32, np.float64, np.float16, np.bool_)
 def _given_maps(path: str, share: float) -> GivenMaps:
     """The masks of an npz: `maps` [M, h, w], bool or floats."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             maps = torch.from_numpy(read_arrays(file, {"maps": (MAPS, (None, None, None))})["maps"].copy())
         return GivenMaps(maps=maps if maps.dtype is torch.bool else maps.float(), share=share)
     except FileNotFoundError:

@@ -1,14 +1,17 @@
 """From settings to networks: built without memory, filled from a checkpoint, and made ready to be called."""
 
 import logging
+import math
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..settings.model import NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
+from ..settings.model import MOST_WIDTH, NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
 from ..settings.options import numbers
 from ..storage.checkpoints import load_into
 from .inspection import CHANNEL_MULTS, wrong_flags
@@ -16,12 +19,16 @@ from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 log = logging.getLogger(__name__)
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def _levels(image_size: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
+
+def _levels(image_size: int, channels: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
     if not channel_mult and image_size not in CHANNEL_MULTS:
         known = ", ".join(map(str, CHANNEL_MULTS))
         raise ValueError(f"{key}: none is known for image_size {image_size} (only for {known}); give it")
     levels = numbers(key, channel_mult or CHANNEL_MULTS[image_size], float)
+    if not all(1 <= mult * channels <= MOST_WIDTH for mult in levels):
+        raise ValueError(f"{key}: wanted levels of 1 to {MOST_WIDTH} channels, in units of {channels}; got {levels}")
     if image_size % 2 ** (len(levels) - 1):
         raise ValueError(f"image_size: {image_size} cannot be halved {len(levels) - 1} times, as {key} asks")
     return levels
@@ -34,7 +41,7 @@ def _downsampling(image_size: int, attention_resolutions: str) -> list[int]:
 
 def network_arguments(config: NetworkConfig, learn_sigma: bool) -> dict[str, Any]:
     """What `UNetModel` is made with."""
-    levels = _levels(config.image_size, config.channel_mult)
+    levels = _levels(config.image_size, config.num_channels, config.channel_mult)
     return {
         "image_size": config.image_size,
         "in_channels": 3,
@@ -55,19 +62,35 @@ def network_arguments(config: NetworkConfig, learn_sigma: bool) -> dict[str, Any
     }
 
 
+def _built(kind: Callable[..., Network], arguments: dict[str, Any]) -> Network:
+    """A network; a ValueError where it would get memory (not in `unfilled`) and is larger than what there is."""
+    if torch.get_default_device().type != "meta":
+        with unfilled():
+            needed = 4 * sum(parameter.numel() for parameter in kind(**arguments).parameters())
+        if needed > (there := memory()):
+            raise ValueError(
+                f"the network that the flags describe has {needed // 4:,} parameters, {needed / 1e9:,.0f} GB; the "
+                f"memory that this process may have is {there / 1e9:,.0f} GB"
+            )
+    return kind(**arguments)
+
+
 def lost_attention(network: UNetModel) -> str:
     """What is to be said of attention_resolutions that no map of the network has; empty where each has one."""
     factors = [2**level for level in range(len(network.channel_mult))]
     lost = [factor for factor in network.attention_resolutions if factor not in factors]
     if not lost:
         return ""
-    there, wanted = (", ".join(str(network.image_size // factor) for factor in some) for some in (factors, lost))
-    return f"attention_resolutions: image_size {network.image_size} has maps of {there} pixels a side, none of {wanted}"
+    size = network.image_size
+    there, wanted = (
+        ", ".join(str(size // factor) if factor else f"more than {size}" for factor in some) for some in (factors, lost)
+    )
+    return f"attention_resolutions: image_size {size} has maps of {there} pixels a side, none of {wanted}"
 
 
 def build_network(config: NetworkConfig, learn_sigma: bool) -> UNetModel:
     """The UNet of a configuration, with random weights; a warning where it lacks attention that was asked for."""
-    network = UNetModel(**network_arguments(config, learn_sigma))
+    network = _built(UNetModel, network_arguments(config, learn_sigma))
     if said := lost_attention(network):
         log.warning(said)
     return network
@@ -83,7 +106,8 @@ def upsampling(config: NetworkConfig, large_size: int, small_size: int) -> Netwo
 
 def build_upsampler(sizes: SuperResolutionConfig, config: NetworkConfig, learn_sigma: bool) -> SuperResModel:
     """The super-resolution network of a configuration, with random weights."""
-    return SuperResModel(**network_arguments(upsampling(config, sizes.large_size, sizes.small_size), learn_sigma))
+    config = upsampling(config, sizes.large_size, sizes.small_size)
+    return _built(SuperResModel, network_arguments(config, learn_sigma))
 
 
 def classifier_arguments(image_size: int, config: ClassifierConfig, num_classes: int = NUM_CLASSES) -> dict[str, Any]:
@@ -95,7 +119,9 @@ def classifier_arguments(image_size: int, config: ClassifierConfig, num_classes:
         "out_channels": num_classes,
         "num_res_blocks": config.classifier_depth,
         "attention_resolutions": _downsampling(image_size, config.classifier_attention_resolutions),
-        "channel_mult": _levels(image_size, config.classifier_channel_mult, "classifier_channel_mult"),
+        "channel_mult": _levels(
+            image_size, config.classifier_width, config.classifier_channel_mult, "classifier_channel_mult"
+        ),
         "num_head_channels": 64,
         "use_scale_shift_norm": config.classifier_use_scale_shift_norm,
         "resblock_updown": config.classifier_resblock_updown,
@@ -105,7 +131,19 @@ def classifier_arguments(image_size: int, config: ClassifierConfig, num_classes:
 
 def build_classifier(image_size: int, config: ClassifierConfig, num_classes: int = NUM_CLASSES) -> EncoderUNetModel:
     """The noisy-image classifier of a configuration, with random weights."""
-    return EncoderUNetModel(**classifier_arguments(image_size, config, num_classes))
+    return _built(EncoderUNetModel, classifier_arguments(image_size, config, num_classes))
+
+
+def memory() -> float:
+    """Bytes of this machine, or of what this process may take of them; infinite where the system does not say."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ImportError, ValueError, OSError, AttributeError):
+        return math.inf
+    return there if limit == resource.RLIM_INFINITY else min(limit, there)
 
 
 def unfilled() -> torch.device:

@@ -67,8 +67,10 @@ def chosen_batch_size(pipeline: Pipeline, folder: str, key: str, job: Job) -> in
 
 
 @contextmanager
-def memory_said(batch_size: int) -> Iterator[None]:
-    """Turn a lack of memory into `BadInput` that says what to do."""
+def memory_said(
+    batch_size: int, more: str = "auto (in another --out_dir, if this one holds samples)"
+) -> Iterator[None]:
+    """Turn a lack of memory into `BadInput` that says what to do: a smaller batch, or `more`."""
     try:
         yield
     except RuntimeError as error:
@@ -78,5 +80,5 @@ def memory_said(batch_size: int) -> Iterator[None]:
             raise BadInput("batch_size: not even one image at a time fits the memory") from None
         raise BadInput(
             f"batch_size: {batch_size} images at a time do not fit the memory; try --batch_size {batch_size // 2}, or "
-            "auto (in another --out_dir, if this one holds samples)"
+            f"{more}"
         ) from None

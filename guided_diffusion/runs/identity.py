@@ -17,6 +17,7 @@ from ..settings.options import later_defaults
 from ..settings.runs import SamplingConfig
 from ..storage.fetch import local_path
 from ..storage.files import join, sha256
+from ..storage.hashes import known_sha256
 from ..storage.images import list_image_files
 from .pipeline import Pipeline
 from .shards import settings_hash
@@ -56,7 +57,7 @@ def _file_hash(path: str) -> str:
         # A model's parts are one folder each; what else lies in its folder is not read.
         files = sorted(file for file in Path(path).glob("*/*") if file.suffix in IN_MODELS)
         return settings_hash({str(file.relative_to(path)): _file_hash(str(file)) for file in files})
-    return sha256(local_path(path))
+    return known_sha256(local_path(path))
 
 
 def _pictures_hash(path: str) -> str:

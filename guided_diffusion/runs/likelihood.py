@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -117,12 +117,13 @@ def measure(
     config: LikelihoodConfig,
     settings: dict[str, Any],
     job: Job,
+    show: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any] | None:
     """The variational bound of images of a folder, those of `chosen`; rank 0 has the result, the others None.
 
     network: ready on its device. settings: all of the run. Batches are measured by whichever rank is free and kept
     below out_dir, so that a stopped run goes on; leaves nll.json (the result) and terms.npz (the mean over images of
-    `vb` in bits/dim, `mse` and `xstart_mse`, [T], the last step first).
+    `vb` in bits/dim, `mse` and `xstart_mse`, [T], the last step first). show: is told the result before it is written.
     """
     order, key = chosen(config, len(images)), new_key("nll")
     count = len(order)
@@ -157,7 +158,12 @@ def measure(
             with exit_on_bad_input("out_dir"):
                 drawn = config.draw and count < len(images)
                 about = {"of": len(images), "classes": len(images.class_names), "drawn": drawn}
-                result = _result(store, settings, about)
+                result, terms = _result(store, settings, about)
+            show(result)
+            with exit_on_bad_input("out_dir"):
+                write_atomically(join(store.folder, "terms.npz"), lambda file: np.savez(file, **terms))
+                text = json_text(result, indent=1).encode()
+                write_atomically(join(store.folder, "nll.json"), lambda file: file.write(text))
         job.leave_together(f"{key}/finished")
     return result
 
@@ -168,8 +174,10 @@ def _mean(values: NDArray[np.float64]) -> dict[str, float | None]:
     return {"value": float(values.mean()), "error": error}
 
 
-def _result(store: Measurements, settings: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
-    """What nll.json holds. images: how the measured ones were chosen, to which is added which they are."""
+def _result(
+    store: Measurements, settings: dict[str, Any], images: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, NDArray]]:
+    """What nll.json and terms.npz hold. images: how the measured ones were chosen, to which is added which they are."""
     contents = hashlib.sha256()
     totals, priors, makers = [], [], []
     sums = {name: np.zeros(store.num_steps) for name in BY_STEP}
@@ -195,7 +203,4 @@ def _result(store: Measurements, settings: dict[str, Any], images: dict[str, Any
         "settings": settings,
         "made_by": makers,
     }
-    write_atomically(join(store.folder, "terms.npz"), lambda file: np.savez(file, **terms))
-    text = json_text(result, indent=1).encode()
-    write_atomically(join(store.folder, "nll.json"), lambda file: file.write(text))
-    return result
+    return result, terms

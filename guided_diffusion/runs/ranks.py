@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ..settings.options import BadInput
 from ..settings.shipped import how_to_install
+from ..storage.files import UnwrittenError
 
 MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 """What mpiexec sets; without one of them MPI is not even loaded."""
@@ -269,7 +270,8 @@ def _unlink_shared_memory() -> None:
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Make a script's `main` end well.
 
-    Bad input, and numbers that are not finite, are one line from rank 0 and status 2; a failed rank ends the job.
+    Bad input, numbers that are not finite and a file that cannot be written are one line from rank 0 and status 2; a
+    failed rank ends the job.
     Under MPI an exception or a non-zero exit of one rank would leave the others waiting for ever.
     """
 
@@ -278,7 +280,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         _take_any_text()
         try:
             main()
-        except FloatingPointError as error:
+        except (FloatingPointError, UnwrittenError) as error:
             _end(BadInput(str(error)))
         except BaseException as error:
             _end(error)

@@ -53,6 +53,7 @@ def run(
     )
     about = {
         "guidance": guidance_line,
+        "uint8": pictures.UINT8_RULE,
         "batch_size": batch_size,
         "ranks": job.size,
     }

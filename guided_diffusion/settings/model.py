@@ -3,9 +3,12 @@
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
-from .options import option
+from .options import MOST_SIDE, option
 
 NUM_CLASSES = 1000
+
+MOST_WIDTH, MOST_DEPTH, MOST_CLASSES, MOST_STEPS = 2**14, 64, 2**20, 10**5
+"""Of networks and diffusions: far beyond any that was trained, and still built within a second."""
 
 
 def check_heads(flag: str, value: int) -> None:
@@ -20,17 +23,17 @@ class NetworkConfig:
 
     least_classes = 1  # no field
 
-    image_size: int = option(64, "side of the images in pixels")
-    num_channels: int = option(128, "channels of the first level")
-    num_res_blocks: int = option(2, "residual blocks per level")
-    num_heads: int = option(4, "attention heads, where num_head_channels is -1")
-    num_heads_upsample: int = option(-1, "attention heads of the upward path; -1: as num_heads")
-    num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads")
+    image_size: int = option(64, "side of the images in pixels", most=MOST_SIDE)
+    num_channels: int = option(128, "channels of the first level", most=MOST_WIDTH)
+    num_res_blocks: int = option(2, "residual blocks per level", most=MOST_DEPTH)
+    num_heads: int = option(4, "attention heads, where num_head_channels is -1", most=MOST_WIDTH)
+    num_heads_upsample: int = option(-1, "attention heads of the upward path; -1: as num_heads", most=MOST_WIDTH)
+    num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads", most=MOST_WIDTH)
     attention_resolutions: str = option("16,8", "sides of the feature maps that get attention")
     channel_mult: str = option("", "widths of the levels in units of num_channels, like 1,2,2; empty: by image_size")
     dropout: float = option(0.0, "dropout of the residual blocks")
     class_cond: bool = option(False, "the network takes class labels")
-    num_classes: int = option(NUM_CLASSES, "number of classes, where class_cond")
+    num_classes: int = option(NUM_CLASSES, "number of classes, where class_cond", most=MOST_CLASSES)
     null_label: bool = option(False, "the network has one more label, which stands for no class")
     use_checkpoint: bool = option(False, "recompute activations in training to save memory")
     use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
@@ -55,7 +58,7 @@ class TrainedNetworkConfig(NetworkConfig):
 
     least_classes = 0  # no field
 
-    num_classes: int = option(0, "number of classes, where class_cond; 0: as many as data_dir has")
+    num_classes: int = option(0, "number of classes, where class_cond; 0: as many as data_dir has", most=MOST_CLASSES)
 
     def of(self, classes: int) -> "TrainedNetworkConfig":
         """The settings for a folder of so many classes; a ValueError if they are more than the network's."""
@@ -69,7 +72,7 @@ class DiffusionConfig:
     """diffusion (as the checkpoint was trained, but for the respacing)"""
 
     learn_sigma: bool = option(False, "the network also predicts the variance Σ")
-    diffusion_steps: int = option(1000, "steps T of the training process")
+    diffusion_steps: int = option(1000, "steps T of the training process", most=MOST_STEPS)
     noise_schedule: str = option("linear", "linear or cosine")
     timestep_respacing: str = option(
         "",
@@ -94,8 +97,8 @@ class DiffusionConfig:
 class SuperResolutionConfig:
     """super-resolution"""
 
-    large_size: int = option(256, "side of the images to make")
-    small_size: int = option(64, "side of the images to begin with")
+    large_size: int = option(256, "side of the images to make", most=MOST_SIDE)
+    small_size: int = option(64, "side of the images to begin with", most=MOST_SIDE)
 
 
 OF_OTHER_SIZES = ("image_size", "channel_mult")
@@ -107,8 +110,8 @@ class ClassifierConfig:
     """noisy-image classifier (as its checkpoint was trained)"""
 
     classifier_use_fp16: bool = option(False, "half precision: float16 on a GPU, bfloat16 on a CPU that has it")
-    classifier_width: int = option(128, "channels of the first level")
-    classifier_depth: int = option(2, "residual blocks per level")
+    classifier_width: int = option(128, "channels of the first level", most=MOST_WIDTH)
+    classifier_depth: int = option(2, "residual blocks per level", most=MOST_DEPTH)
     classifier_channel_mult: str = option(
         "", "widths of the levels in units of classifier_width, like 1,2,2; empty: by image_size", later=True
     )
@@ -116,3 +119,8 @@ class ClassifierConfig:
     classifier_use_scale_shift_norm: bool = option(True, "the timestep scales and shifts the normalised features")
     classifier_resblock_updown: bool = option(True, "residual blocks resample, not plain convolutions")
     classifier_pool: str = option("attention", "head: adaptive, attention, spatial or spatial_v2")
+
+    def __post_init__(self):
+        for name in ("classifier_width", "classifier_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted 1 or more, got {getattr(self, name)}")

@@ -6,10 +6,13 @@ import difflib
 import logging
 import math
 import os
+import sys
 import types
 import typing
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
+from numbers import Real
 from typing import Any
 
 import blobfile as bf
@@ -20,17 +23,66 @@ from .shipped import shipped_yaml
 log = logging.getLogger(__name__)
 
 
+MOST = 2**31 - 1
+"""What a whole number may be at most, where its setting does not say less or more."""
+
+MOST_SEED, MOST_AT_A_TIME, MOST_SIDE = 2**64 - 1, 2**20, 2**14
+"""Of seeds, of images in a batch, and of the pixels along a side."""
+
+MOST_YAML = 10_000
+"""Keys and values of a YAML file, those behind an alias counted as often as it stands."""
+
+MOST_SAID = 1000
+"""Characters of a sentence about bad input: its beginning and its end are kept."""
+
+
 class BadInput(SystemExit):
     """What the user gave is wrong: one sentence, exit status 2."""
 
     def __init__(self, message: str):
         super().__init__(2)
-        self.message = message
+        # What controls a terminal is written as an escape.
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        half = MOST_SAID // 2
+        self.message = message if len(message) <= MOST_SAID else f"{message[:half]} … {message[-half:]}"
 
 
-class _Parser(argparse.ArgumentParser):
+def quoted(value: Any) -> str:
+    """A value as a sentence shows it: of a long one, the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are `BadInput`."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # which argparse takes for no value at all
+                self.error(f"argument {word[:-3]}: wanted a value, got --")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> typing.NoReturn:
         raise BadInput(f"{message} (--help lists the flags)")
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """For a flag of `Parser`: what reads a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"wanted a whole number from {least} to {most}, got {quoted(text)}")
+        return value
+
+    return read
 
 
 def option(
@@ -40,14 +92,15 @@ def option(
     later: bool = False,
     words: Mapping[str, Any] | None = None,
     infinite: bool = False,
+    most: int = MOST,
 ) -> Any:
     """A dataclass field with the help text of its flag.
 
     path: a file to read, in a YAML file relative to that file; a suffix: so are values that end with it. later: newer
     than results that it does not change at its default (`later_defaults`). words: values that a word stands for.
-    infinite: a number that may be inf; no other may be.
+    infinite: a number that may be inf; no other may be. most: what a whole number is at most, its sign aside.
     """
-    about = {"help": help, "path": path, "later": later, "words": words or {}, "infinite": infinite}
+    about = {"help": help, "path": path, "later": later, "words": words or {}, "infinite": infinite, "most": most}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -85,18 +138,40 @@ def parse_value(text: Any, kind: Any, key: str) -> Any:
         word = str(text).lower()
         if word in words:
             return words[word]
-        raise ValueError(f"{key}: wanted True or False, got {text!r}")
-    if isinstance(text, (list, dict)) or text is None or (isinstance(text, bool) and kind is not str):
-        raise ValueError(f"{key}: wanted {kind.__name__}, got {text!r}")
+        raise ValueError(f"{key}: wanted True or False, got {quoted(text)}")
+    fits = isinstance(text, (str, Real, date, os.PathLike)) and not (isinstance(text, bool) and kind is not str)
+    if not fits or (kind is int and isinstance(text, float) and not text.is_integer()):
+        raise ValueError(f"{key}: wanted {kind.__name__}, got {quoted(text)}")
     try:
         return kind(text)
-    except ValueError:
-        raise ValueError(f"{key}: wanted {kind.__name__}, got {text!r}") from None
+    except (ValueError, OverflowError, TypeError):
+        raise ValueError(f"{key}: wanted {kind.__name__}, got {quoted(text)}") from None
 
 
 def numbers(key: str, text: str, kind: type) -> list[Any]:
     """The values of a setting that lists them, like 1,2,2."""
     return [parse_value(part, kind, key) for part in text.split(",")]
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds, plain values only; a ValueError where it is none or too much."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"not YAML ({' '.join(str(error).split())[:200]})") from None
+    todo, seen = [node], 0
+    while todo:
+        held = todo.pop()
+        seen += 1
+        if seen > MOST_YAML:
+            raise ValueError(f"holds more than {MOST_YAML} keys and values, counting what its aliases stand for")
+        if isinstance(held, yaml.CollectionNode):
+            todo += [part for item in held.value for part in (item if isinstance(item, tuple) else (item,))]
+    try:
+        return None if node is None else loader.construct_document(node)
+    except Exception as error:  # of an odd value PyYAML says so by any type
+        raise ValueError(f"not YAML ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -107,11 +182,13 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"--config {error}") from None
     try:
         with bf.BlobFile(path, "r") as file:
-            values = yaml.safe_load(file)
+            text = file.read()
     except (OSError, UnicodeDecodeError, bf.Error) as error:
         raise ValueError(f"--config {path}: cannot be read ({type(error).__name__})") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"--config {path}: wanted lines of key: value")
     return {key: value for key, value in values.items() if key not in NOTES}
@@ -186,9 +263,11 @@ def _hint(key: str, fields: Mapping[str, Any], flag: str = "") -> str:
     return f"; did you mean {named(near[0])}?" if near else ""
 
 
-def _check_finite(key: str, value: Any, infinite: bool) -> None:
+def _check_size(key: str, value: Any, infinite: bool, most: int) -> None:
     if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not infinite)):
         raise ValueError(f"{key}: wanted a finite number, got {value}")
+    if isinstance(value, int) and abs(value) > most:
+        raise ValueError(f"{key}: wanted at most {most}, got {quoted(value)}")
 
 
 def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], without: Container[str] = ()) -> list[Any]:
@@ -205,11 +284,12 @@ def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], with
                 values.pop(other, None)
         for key, value in layer.items():
             if key not in fields:
-                raise ValueError(f"{source}: unknown key {key!r}{_hint(key, fields)}")
+                raise ValueError(f"{source}: unknown key {quoted(key)}{_hint(key, fields)}")
             field, kind = fields[key]
             words = field.metadata["words"]
             values[key] = words[value] if str(value) in words else parse_value(value, kind, f"{source}: {key}")
-            _check_finite(f"{source}: {key}", values[key], field.metadata["infinite"])
+            about = field.metadata
+            _check_size(f"{source}: {key}", values[key], about["infinite"], about["most"])
     return [
         group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
         for group in groups
@@ -230,7 +310,7 @@ def parse_args(
     may have all the same. A group's method `remark(given)`, if it has one, is asked
     for a warning about what was given and what was not.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -325,5 +405,5 @@ def resolved(*groups: Any) -> dict[str, Any]:
 
 def check_seed(seed: int) -> None:
     """Raise a ValueError for a seed that Philox cannot take."""
-    if not 0 <= seed < 2**64:
+    if not 0 <= seed <= MOST_SEED:
         raise ValueError(f"seed: wanted a number from 0 to 2^64 − 1, got {seed}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .model import SuperResolutionConfig
-from .options import check_seed, option
+from .options import MOST_AT_A_TIME, MOST_SEED, check_seed, option
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,12 @@ class RunConfig:
         16,
         "images at a time; auto: what is fastest and fits, found before the first shard and kept when resumed",
         words={"auto": None},
+        most=MOST_AT_A_TIME,
     )
     shard_size: int = option(
         0, "images per file of the run, the unit of resuming and of the ranks' work; 0: batch_size"
     )
-    seed: int = option(0, "sample i depends on the seed and on i alone, not on batch size")
+    seed: int = option(0, "sample i depends on the seed and on i alone, not on batch size", most=MOST_SEED)
     init_image: str = option(
         "",
         "images to begin with instead of noise, image i for sample i, round and round: a folder of pictures, one "
@@ -128,9 +129,11 @@ class LikelihoodConfig:
     draw: bool = option(
         True, "which images: a random draw by the seed, of which fewer are the beginning; False: the first by name"
     )
-    batch_size: int = option(1, "images at a time")
+    batch_size: int = option(1, "images at a time", most=MOST_AT_A_TIME)
     clip_denoised: bool = option(True, "clamp the predicted x̂_0 to [-1, 1] at every step")
-    seed: int = option(0, "of the draw, and of the noise of image i by name, which depends on seed and i alone")
+    seed: int = option(
+        0, "of the draw, and of the noise of image i by name, which depends on seed and i alone", most=MOST_SEED
+    )
     out_dir: str = option("runs/nll", "folder to write to; the same command goes on from there")
     json: bool = option(False, "print the result as JSON")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .options import option
+from .options import MOST_AT_A_TIME, MOST_SIDE, option
 from .runs import RunConfig
 
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -68,12 +68,12 @@ class StableDiffusionConfig(RunConfig):
     scheduler: str = option("", f"{', '.join(SCHEDULERS)}; empty: the model's own")
     spacing: str = option("", f"{', '.join(SPACINGS)}; empty: the scheduler's own")
     steps: int = option(50, "steps of the scheduler; heun and kdpm2 call the network twice a step")
-    height: int = option(0, "pixels; 0: what the model was made for")
-    width: int = option(0, "pixels; 0: what the model was made for")
+    height: int = option(0, "pixels; 0: what the model was made for", most=MOST_SIDE)
+    width: int = option(0, "pixels; 0: what the model was made for", most=MOST_SIDE)
     image: str = option("", "picture to paint into, for inpainting models; scaled to height × width", path=True)
     image_mask: str = option("", "where to paint: white in this picture", path=True)
     dtype: str = option("float32", f"of the UNet: {', '.join(DTYPES)}")
-    batch_size: int = option(4, "images at a time")
+    batch_size: int = option(4, "images at a time", most=MOST_AT_A_TIME)
     png: bool = option(True, "write the samples as PNGs too: images/000000.png and so on")
     compare: int = option(4, "images to show in comparison.png, at the cost of making them twice more; 0: none")
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from .options import check_seed, option, parse_value
+from .options import MOST_AT_A_TIME, MOST_SEED, check_seed, option, parse_value
 
 
 @dataclass(frozen=True)
@@ -12,14 +12,14 @@ class TrainerConfig(ABC):
 
     data_dir: str = option("", "folder of images (any depth); label_name.png gives the class, where there are classes")
     out_dir: str = option("runs/train", "folder for checkpoints and the log; the same command goes on from there")
-    batch_size: int = option(64, "images per step, of all ranks together")
+    batch_size: int = option(64, "images per step, of all ranks together", most=MOST_AT_A_TIME)
     microbatch: int = option(-1, "images per forward pass of a rank; -1: all its images")
     lr: float = option(1e-4, "learning rate of AdamW")
     weight_decay: float = option(0.0, "weight decay of AdamW")
     schedule_sampler: str = option("uniform", "timesteps to train on: uniform or loss-second-moment")
     random_crop: bool = option(False, "crop at a random place and scale")
     random_flip: bool = option(True, "mirror half of the images")
-    num_workers: int = option(0, "threads that read images ahead; no image depends on it")
+    num_workers: int = option(0, "threads that read images ahead; no image depends on it", most=1024)
     bf16: bool = option(False, "bfloat16 autocast (CPU or GPU); the network's fp16 flag: float16, on a GPU only")
     fp16_scale_growth: float = option(1e-3, "with float16: log2 of the loss scale's growth per step")
     log_interval: int = option(50, "steps between lines of the log")
@@ -31,13 +31,17 @@ class TrainerConfig(ABC):
         "weights to begin with (.pt or .safetensors); with upstream's modelSTEP.pt also its step and, from beside it, "
         "ema_RATE_STEP.pt and optSTEP.pt; not read again once out_dir has a checkpoint",
     )
-    seed: int = option(0, "seed of weights, data order, timesteps and noise, the same for any number of ranks")
+    seed: int = option(
+        0, "seed of weights, data order, timesteps and noise, the same for any number of ranks", most=MOST_SEED
+    )
 
     def __post_init__(self):
         check_seed(self.seed)
         for name in ("batch_size", "lr", "log_interval", "save_interval"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted more than 0, got {getattr(self, name)}")
+        if not 0 < self.fp16_scale_growth <= 1:
+            raise ValueError(f"fp16_scale_growth: wanted more than 0 and at most 1, got {self.fp16_scale_growth}")
         if self.keep < 0:
             raise ValueError(f"keep: wanted 0 or more, got {self.keep}")
         if self.resume not in ("auto", "never"):
@@ -119,7 +123,7 @@ class ClassifierTrainingConfig(TrainerConfig):
     iterations: int = option(150000, "steps to train")
     lr: float = option(3e-4, "learning rate of AdamW")
     anneal_lr: bool = option(False, "let the learning rate fall to 0")
-    batch_size: int = option(4, "images per step, of all ranks together")
+    batch_size: int = option(4, "images per step, of all ranks together", most=MOST_AT_A_TIME)
     random_crop: bool = option(True, "crop at a random place and scale")
     log_interval: int = option(10, "steps between lines of the log")
     eval_interval: int = option(5, "steps between validations, each on one batch")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..settings.shipped import how_to_install
+from ..storage.hashes import check_beside
 
 COMPONENTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 """The parts that diffusers loads, and the one class of each that is understood."""
@@ -161,6 +162,8 @@ def load(
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
+    if file:
+        check_beside(file)
     network, encoder = (_from_folder, _from_folder) if file is None else (_part_of(file), _text_part_of(file))
     unet, vae = (network(folder, name, getattr(diffusers, kind)) for name, kind in COMPONENTS.items())
     encoders = [encoder(folder, "text_encoder", transformers.CLIPTextModel)]
@@ -217,6 +220,8 @@ def _from_folder(folder: Path, name: str, kind: Any) -> nn.Module:
     files = [file.name for file in where.glob("*.safetensors")]
     if not files:
         raise ValueError(f"model: {where} has no .safetensors file; other formats are not read")
+    for file in files:
+        check_beside(where / file)
     variant = "fp16" if all(".fp16." in file for file in files) else None
     return _loaded(
         lambda: kind.from_pretrained(where, local_files_only=True, use_safetensors=True, variant=variant), where

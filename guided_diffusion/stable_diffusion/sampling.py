@@ -21,7 +21,9 @@ from ..guidance.classifier_free import ClassifierFreeGuidance
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..settings.stable_diffusion import MIDDLE, PRESETS, LatentGuidanceConfig, StableDiffusionConfig
 from ..storage import pictures
+from ..storage.files import open_regular
 from ..storage.given_images import GivenImages
+from ..storage.images import FORMATS
 from .attention import find_layer
 from .model import StableDiffusion
 from .network import LatentNetwork
@@ -75,7 +77,7 @@ def read_prompts(config: StableDiffusionConfig) -> list[str]:
 
 def _picture(key: str, path: str, size: tuple[int, int], mode: str) -> Tensor:
     try:
-        with Image.open(path) as file:
+        with open_regular(path) as stream, Image.open(stream, formats=FORMATS) as file:
             picture = np.asarray(file.convert(mode).resize(size), dtype=np.float32) / 255
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{key}: {path}: not a picture that can be read ({type(error).__name__})") from None

@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .fetch import local_path
-from .files import write_atomically
+from ..settings.options import quoted
+from .fetch import WEB_PAGE, local_path
+from .files import open_regular, write_atomically
+from .hashes import check_beside
 
 StateDict = dict[str, Tensor]
 
@@ -45,13 +47,14 @@ def load_state_dict(path: str) -> StateDict:
 def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
     """What a file of torch's (zip or older format, `weights_only`) or of safetensors' holds, as it is.
 
-    path: local or an address (`https://`, `gs://`, …), which is fetched once into the cache; the first bytes tell the
-    format. map_location: as torch.load's; of safetensors a device. mmap: leave the tensors of a file of torch's on
-    disk until they are used. A ValueError says in one sentence what is wrong.
+    path: local, with its hash beside a file of safetensors in FILE.sha256 if that is there; or an address (`https://`,
+    `gs://`, …), which is fetched once into the cache; the first bytes tell the format. map_location: as torch.load's;
+    of safetensors a device. mmap: leave the tensors of a file of torch's on disk until they are used. A ValueError says
+    in one sentence what is wrong.
     """
     file = local_path(path)
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             head = stream.read(64)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
@@ -59,7 +62,7 @@ def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
         raise ValueError(f"{path}: cannot be read ({reason})") from None
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
-    if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
+    if WEB_PAGE.match(head):
         raise ValueError(f"{path}: a web page, not a checkpoint; its download failed")
     if SAFETENSORS.match(head) or path.endswith(".safetensors"):
         return _load_safetensors(file, map_location)
@@ -67,6 +70,7 @@ def load(path: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
 
 
 def _load_safetensors(file: Path, device: torch.device | str) -> StateDict:
+    check_beside(file)
     try:
         return load_file(file, str(device))
     except (SafetensorError, OSError) as error:
@@ -106,17 +110,20 @@ def _state_of(loaded: Any, path: str) -> StateDict:
         if len(wrapped) == 1:
             loaded = loaded[wrapped[0]]
         elif wrapped:
-            raise ValueError(f"{path}: holds several networks ({', '.join(wrapped)}); save the one you mean by itself")
+            names = ", ".join(map(str, wrapped))
+            raise ValueError(f"{path}: holds several networks ({names}); save the one you mean by itself")
     if not isinstance(loaded, dict) or not loaded:
         raise ValueError(f"{path}: not a state dict: wanted tensors by name, got {_kind(loaded)}")
     for name, value in loaded.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"{path}: not a state dict: wanted a tensor for every name, got {_kind(value)} for {name!r}"
+                f"{path}: not a state dict: wanted a tensor for every name, got {_kind(value)} for {quoted(name)}"
             )
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError(f"{path}: a tensor's name is no text that can be printed: {quoted(name)}")
     # ema-pytorch's has counters, and maybe the network as trained, beside the average.
-    loaded = {name: tensor for name, tensor in loaded.items() if str(name).startswith("ema_model.")} or loaded
-    while prefix := next((prefix for prefix in WRAPPERS if all(str(name).startswith(prefix) for name in loaded)), ""):
+    loaded = {name: tensor for name, tensor in loaded.items() if name.startswith("ema_model.")} or loaded
+    while prefix := next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in loaded)), ""):
         loaded = {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
     return loaded
 

@@ -1,18 +1,37 @@
 """Writing files whole or not at all, strict JSON, and reading arrays without trusting them."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
 from numpy.typing import DTypeLike
+
+LARGE, MOST_COMPRESSED = 2**28, 500
+"""Bytes of an array from which it may be so many times larger than its compressed form; zeros are 1000 times."""
+
+NAME_KEPT = 200
+"""Of a file's name, what a temporary one begins with."""
+
+
+class UnwrittenError(OSError):
+    """A file cannot be written: one sentence."""
+
+
+def cache_folder() -> Path:
+    """$SAG_CACHE, else self-attention-guidance in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SAG_CACHE") or Path(base, "self-attention-guidance"))
 
 
 def is_address(path: str | Path) -> bool:
@@ -48,29 +67,51 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name the file in errors of the system that come up while it is written: `UnwrittenError`."""
+    try:
+        yield
+    except UnwrittenError:
+        raise
+    except (OSError, RuntimeError, bf.Error) as error:
+        # torch.save hides the system's error behind its own.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, bf.Error)):
+            raise
+        reason = getattr(cause, "strerror", None) or str(cause)
+        other = getattr(cause, "filename", None)
+        if other and not os.path.basename(other).startswith(f".{os.path.basename(path)[:NAME_KEPT]}."):
+            reason += f": {other}"
+        raise UnwrittenError(f"{path}: cannot be written ({reason})") from None
+
+
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a temporary file, then move it to `path`: the whole file or none.
+    """Let `write` fill a temporary file, then move it to `path`: the whole file or none; else `UnwrittenError`.
 
     A local file is synced to disk before it is renamed; a remote one is uploaded in one piece when it is complete.
     """
     remote = is_address(path)
+    if not remote and os.path.exists(path) and not os.path.isfile(path):
+        raise UnwrittenError(f"{path}: cannot be written ({'a folder' if os.path.isdir(path) else 'not a file'})")
     folder, name = (None, "upload") if remote else (os.path.dirname(path) or ".", os.path.basename(path))
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if remote:
-            bf.copy(temporary, str(path), overwrite=True)
-        else:
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            _sync_folder(folder)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with writing(path):
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{name[:NAME_KEPT]}.", dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if remote:
+                bf.copy(temporary, str(path), overwrite=True)
+            else:
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
+                _sync_folder(folder)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _sync_folder(folder: str) -> None:
@@ -81,6 +122,13 @@ def _sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a local file to read; an OSError for a pipe or a device, which could keep us waiting for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return open(path, "rb")
 
 
 def read_arrays(
@@ -121,7 +169,9 @@ def _read_array(
             text = ", ".join("N" if size is None else str(size) for size in shape)
             kinds = " or ".join(map(str, known))
             raise ValueError(f"{name}: wanted {kinds} [{text}], got {got_dtype} {list(got_shape)}")
-        size = int(np.prod(got_shape, dtype=np.int64)) * got_dtype.itemsize
+        size = math.prod(got_shape) * got_dtype.itemsize
+        if size > max(LARGE, MOST_COMPRESSED * archive.getinfo(member).compress_size):
+            raise ValueError(f"{name}: {size} bytes in {archive.getinfo(member).compress_size}: not images, but a bomb")
         if archive.getinfo(member).file_size != stream.tell() + size:
             raise ValueError(f"{name}: its header and its size do not agree")
         data = stream.read()

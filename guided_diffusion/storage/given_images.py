@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from ..settings.options import exit_on_bad_input
-from .files import read_arrays
+from .files import open_regular, read_arrays
 from .images import check_images, class_indices, class_names, fitted, list_image_files, read_picture, scaled
 
 
@@ -20,7 +20,7 @@ def read_npz(
 ) -> dict[str, NDArray[Any]]:
     """As `read_arrays`, of a local file, with a row at least; a ValueError names the flag and what is wrong."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             arrays = read_arrays(file, {name: (np.dtype(kind), shape) for name, (kind, shape) in wanted.items()})
     except FileNotFoundError:
         raise ValueError(f"{flag}: no such file {path!r}") from None

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..settings.options import exit_on_bad_input
+from .files import open_regular
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp"}
 # Pillow knows dozens more by their contents, some of which start other programs.
@@ -126,7 +127,8 @@ def check_images(files: list[Path], flag: str = "data_dir") -> None:
     bad = []
     for path in files[:: -(-len(files) // HEADERS_CHECKED)]:
         try:
-            Image.open(path, formats=FORMATS).close()
+            with open_regular(path) as file:
+                Image.open(file, formats=FORMATS)
         except Exception as error:  # Pillow reports broken files by many types
             bad.append(f"{path} ({_reason(path, error)})")
     if bad:
@@ -141,7 +143,7 @@ def read_picture(path: Path, cut: Callable[[Image.Image], Image.Image], mode: st
     pixels the high byte is kept (upstream: grey ones become white).
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with open_regular(path) as stream, Image.open(stream, formats=FORMATS) as file:
             file.info.pop("transparency", None)
             wide = file.mode.startswith("I")
             image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)) if wide else file

@@ -1,5 +1,6 @@
 """Arrays as pictures: grids of samples and rows that compare them."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 from .files import write_atomically
 
 WHITE = 255
+UINT8_RULE = "trunc(127.5x + 127.5)"
+"""What `to_uint8` does, for a manifest."""
 SHOWN = 16
 PANEL_WIDTH = 550
 
@@ -90,11 +93,13 @@ def comparison(
 
 
 def save_png(picture: np.ndarray, path: str | Path, made_by: str = "") -> None:
-    """Write [H, W, 3] uint8 as PNG, atomically. made_by: a text that goes along, for `maker_of_png`."""
+    """Write [H, W, 3] or [H, W] uint8 as PNG, atomically. made_by: a text that goes along, for `maker_of_png`."""
     text = PngInfo()
     if made_by:
         text.add_text(MADE_BY, made_by)
-    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png", pnginfo=text))
+    stream = io.BytesIO()  # given a file, Pillow hides the system's errors
+    Image.fromarray(picture).save(stream, format="png", pnginfo=text)
+    write_atomically(path, lambda file: file.write(stream.getbuffer()))
 
 
 def maker_of_png(path: str | Path) -> str:
@@ -138,9 +143,6 @@ def save_animation(frames: Sequence[np.ndarray], path: str | Path, milliseconds:
     ]
     kind = {".gif": "gif", ".webp": "webp"}[Path(path).suffix]
     how = {"lossless": True} if kind == "webp" else {}
-    write_atomically(
-        path,
-        lambda file: first.save(
-            file, format=kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, **how
-        ),
-    )
+    stream = io.BytesIO()
+    first.save(stream, format=kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, **how)
+    write_atomically(path, lambda file: file.write(stream.getbuffer()))

@@ -123,9 +123,9 @@ def compare(unguided: Prepared, guided: Prepared, guidance: GuidanceConfig, fold
         for name, about in (("unguided:", about_unguided), ("guided:", about_guided))
     ]
     config = pipeline.config
+    network = Path(config.model_path.partition("#")[0]).name
     lines = [
-        f"{config.num_samples} samples of {Path(config.model_path).name}, {pipeline.num_steps} steps, "
-        f"seed {config.seed}",
+        f"{config.num_samples} samples of {network}, {pipeline.num_steps} steps, seed {config.seed}",
         *of_runs,
         f"  {chooser} selects {masks.share.mean():.0%} of the pixels; guidance "
         f"changes a pixel by {change:.1f} of 255 on average",

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +39,25 @@ def measured(number: Mapping[str, Any] | None, digits: int = 2, sign: str = "") 
     return f"{number['value']:{sign}.{digits}f}{error}"
 
 
+def _plain(text: str, in_table: bool = False) -> str:
+    """A text as Markdown shows it: a tag in it is none, and a line or a cell does not end in it."""
+    text = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", " ".join(text.split()))
+    return text.replace("|", r"\|") if in_table else text
+
+
 def as_markdown(title: str, introduction: Sequence[str], sections: Sequence[Section]) -> str:
     """A report as Markdown."""
-    lines = [f"# {title}", ""]
+    lines = [f"# {_plain(title)}", ""]
     for text in introduction:
-        lines += [text, ""]
+        lines += [_plain(text), ""]
     for section in sections:
-        lines += [f"## {section.title}", ""] if section.title else []
-        lines += [section.text, ""] if section.text else []
+        lines += [f"## {_plain(section.title)}", ""] if section.title else []
+        lines += [_plain(section.text), ""] if section.text else []
         for cells in (section.head, ["---"] * len(section.head), *section.rows):
-            lines.append(" | ".join(["", *(cell.replace("|", r"\|") for cell in cells), ""]).strip())
+            lines.append(" | ".join(["", *(_plain(cell, in_table=True) for cell in cells), ""]).strip())
         lines.append("")
         for note in section.notes:
-            lines += [note, ""]
+            lines += [_plain(note), ""]
     return "\n".join(lines)
 
 

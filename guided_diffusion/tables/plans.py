@@ -1,6 +1,7 @@
 """Plans: files that name runs row by row, what is published for each, and what they are measured against."""
 
 import fnmatch
+import re
 import shlex
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
@@ -8,9 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..settings.options import read_yaml
+from ..settings.options import parse_yaml, quoted, read_yaml
 from ..settings.shipped import shipped, shipped_yaml
 from ..storage.files import is_address
 
@@ -126,7 +125,7 @@ class Plan:
 
 def _of_type(where: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where}: wanted {wanted}, got {value!r}")
+        raise ValueError(f"{where}: wanted {wanted}, got {quoted(value)}")
     return value
 
 
@@ -164,6 +163,8 @@ PLAN_KEYS = {
 def _row(values: Any, defaults: Mapping[str, Any], where: str) -> Row:
     _of_type(where, values, dict, "a row")
     name = _of_type(f"{where}: name", values.get("name"), str, "a text")
+    if not re.fullmatch(r"\w[\w.+=-]{0,99}", name):
+        raise ValueError(f"{where}: name: wanted letters, digits and _.+=-, as it is also a folder's, got {name!r}")
     where = f"{where}: row {name}"
     _known(where, values, ROW_KEYS, {"name", "label"})
     config = values.get("config", defaults.get("config", []))
@@ -200,9 +201,13 @@ def read_plan(path: str | Path) -> Plan:
     """The plan in a YAML file, or that of a name in configs/tables; a ValueError says what is wrong with it."""
     path = Path(shipped_yaml(str(path), "tables", "plan"))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__})") from None
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     where = str(path)
     _known(where, _of_type(where, values, dict, "keys and values"), PLAN_KEYS, {"title", "rows"})
     _of_type(f"{where}: set", values.get("set", {}), dict, "flags")

@@ -17,6 +17,7 @@ from ..settings.options import BadInput, parse_args
 from ..storage.fetch import local_path
 from . import comparison, results
 from .judging import Judge
+from .page import measured
 from .plans import Plan, Row
 
 
@@ -43,13 +44,16 @@ def run_rows(
     inception: Path | None,
     job: Job,
     ranks: Ranks,
-) -> None:
+) -> int:
     """Run and measure rows of a plan that can be run, by all ranks together, and write the results after each.
+
+    Returns how many were measured, on rank 0.
 
     changes: settings of every row, instead of the plan's. inception: weights of the evaluator's network.
     """
     judge = Judge(plan, folder, inception, ranks)
     own = [row for row in rows if not row.missing and not row.same_as]
+    count = 0
     for number, row in enumerate(own, 1):
         if ranks.rank == 0:
             sys.stderr.write(f"\n{row.name}: {row.label}\n")
@@ -63,10 +67,15 @@ def run_rows(
             if ranks.rank == 0:
                 sys.stderr.write(f"{row.name}: not run: {refusal}\n")
         if ranks.rank == 0:
-            results.write(folder, plan, {row.name: results.unmeasured(row, "") | found}, job.device)
+            found = results.unmeasured(row, "") | found
+            for name, value in found["metrics"].items():
+                sys.stderr.write(f"{row.name}: {name} {measured(value)}\n")
+            results.write(folder, plan, {row.name: found}, job.device)
+            count += bool(found["metrics"])
         compare(row, {other.name for other in own[number:]}, judge, job)
     if ranks.rank == 0 and not own:
         results.write(folder, plan, {}, job.device)
+    return count
 
 
 def compare(row: Row, later: Set[str], judge: Judge, job: Job) -> None:
@@ -75,8 +84,8 @@ def compare(row: Row, later: Set[str], judge: Judge, job: Job) -> None:
     later: rows whose turn comes. What another command writes meanwhile is found by that command: each writes first.
     """
     known = judge.ranks.first(lambda: results.known(judge.folder, judge.plan))
-    measured = {name for name, found in known.items() if results.compares(found)}
-    pairs = [pair for pair in judge.plan.compared(row.name, later) if {row.run for row in pair} <= measured]
+    there = {name for name, found in known.items() if results.compares(found)}
+    pairs = [pair for pair in judge.plan.compared(row.name, later) if {row.run for row in pair} <= there]
     differences = judge.differences(pairs, known)
     if differences and judge.ranks.rank == 0:
         results.write(judge.folder, judge.plan, {}, job.device, differences)

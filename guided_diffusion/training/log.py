@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from ..storage.files import write_atomically
+from ..storage.files import write_atomically, writing
 
 QUARTILES = 4
 
@@ -36,7 +36,7 @@ class ProgressFile:
             self._columns += new
             self._write_all()
         else:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
                 file.write(self._text([row], header=False))
 
     def _write_all(self) -> None:

@@ -11,6 +11,7 @@ import blobfile as bf
 from torch import optim
 
 from ..storage.checkpoints import read_pt
+from ..storage.files import writing
 
 WEIGHTS = re.compile(r"(model|ema_[0-9.e-]+_)([0-9]{6,})\.pt")
 """Upstream's names: modelSTEP.pt and ema_RATE_STEP.pt."""
@@ -33,7 +34,8 @@ def keep_previous(folder: Path) -> None:
         try:
             os.link(checkpoint, previous)
         except OSError:  # a file system without links
-            shutil.copyfile(checkpoint, previous)
+            with writing(previous):
+                shutil.copyfile(checkpoint, previous)
 
 
 def drop_previous(folder: Path) -> None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ..networks.layers import update_ema
+from ..runs.batch_size import memory_said
 from ..runs.ranks import Job
 from ..settings.training import TrainerConfig
 from ..storage.checkpoints import load_state_dict, misfit, read_pt, save_atomically
+from ..storage.files import writing
 from . import resume
 from .draws import Draws, Rows, seed_dropout
 from .log import TrainingLog
@@ -110,7 +112,8 @@ class Trainer(ABC):
         """
         end = self.config.steps
         if self.is_first:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
+            with writing(self.out_dir):
+                self.out_dir.mkdir(parents=True, exist_ok=True)
             resume.sweep(self.out_dir)
             self.progress = TrainingLog(self.out_dir, self.step, end)
         self.network.train()
@@ -118,7 +121,8 @@ class Trainer(ABC):
         with signals_kept() as came:
             try:
                 while not stopped and (end is None or self.step < end):
-                    stopped = self._train_step(*next(self.batches), signal=came[0] if came else 0)
+                    with memory_said(self.config.batch_size, "a smaller --microbatch"):
+                        stopped = self._train_step(*next(self.batches), signal=came[0] if came else 0)
                     self.step += 1
                     if self.is_first:
                         self._follow_up()

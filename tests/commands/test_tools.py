@@ -158,8 +158,8 @@ def test_inspection_of_one_channel(tmp_path, capsys):
     ("wrong", "said"),
     [
         ({"num_head_channels": 0}, "num_head_channels: wanted 1 or more, or -1, got 0"),
-        ({"num_heads": 0}, "num_heads: wanted 1 or more, got 0"),
-        ({"image_size": -1}, "image_size: wanted 1 or more, got -1"),
+        ({"num_heads": 0}, "num_heads: wanted a whole number from 1 to 16384, got '0'"),
+        ({"image_size": -1}, "image_size: wanted a whole number from 1 to 16384, got '-1'"),
     ],
 )
 def test_inspection_with_wrong_flags(tmp_path, capsys, wrong, said):

@@ -10,6 +10,11 @@ from evaluations.inception import inception
 from golden import INCEPTION
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAG_CACHE", str(tmp_path / "cache"))
+
+
 def tensor(name, shape):
     """The made-up weights of the golden run."""
     n = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(shape).astype(np.float32)

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 import evaluations
+from evaluating import EVALUATOR, evaluate, refused, result
 from evaluations import features as features_module
 from evaluations.emoji import emoji_features
 from evaluations.evaluator import write_json
@@ -23,14 +22,6 @@ from evaluations.sources import open_source
 from running import mpiexec
 from sample_files import pictures, shard
 
-ROOT = Path(__file__).parents[2]
-EVALUATOR = ROOT / "evaluations" / "evaluator.py"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAG_CACHE", str(tmp_path / "cache"))
-
 
 @pytest.fixture
 def emoji(tmp_path):
@@ -38,27 +29,6 @@ def emoji(tmp_path):
     np.savez(tmp_path / "ref.npz", pictures(330, 32))
     np.savez(tmp_path / "samples.npz", pictures(150, 32, seed=1) // 2)
     return str(tmp_path / "ref.npz"), str(tmp_path / "samples.npz")
-
-
-def evaluate(*arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
-        runpy.run_path(str(EVALUATOR), run_name="__main__")
-
-
-def result(tmp_path, *arguments):
-    evaluate(*arguments, "--json", tmp_path / "result.json")
-    return json.loads((tmp_path / "result.json").read_text())
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        evaluate(*arguments)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    assert error.splitlines()[-1].startswith("error: ")
-    return error.splitlines()[-1]
 
 
 def test_emoji_features(tmp_path, emoji, capsys):
@@ -272,7 +242,9 @@ def test_refusals(tmp_path, emoji, capsys):
     np.savez(tmp_path / "three.npz", pictures(3, 32))
     np.savez(tmp_path / "big.npz", pictures(5, 64))
     assert "mu: wanted 2048 dimensions, got 6" in refused(capsys, tmp_path / "small.npz", emoji[1])
-    assert "needs images alone" in refused(capsys, tmp_path / "small.npz", emoji[1], "--features", "emoji")
+    assert "mu: wanted 320 dimensions, got 6" in refused(
+        capsys, tmp_path / "small.npz", emoji[1], "--features", "emoji"
+    )
     assert "wanted 2 images or more, got 1" in refused(capsys, emoji[0], tmp_path / "one.npz", "--features", "emoji")
     assert "it needs 4 images or more on both sides, got 3" in refused(
         capsys, emoji[0], tmp_path / "three.npz", "--features", "emoji", "--metrics", "precision"
@@ -290,38 +262,6 @@ def test_refusals(tmp_path, emoji, capsys):
     found = result(tmp_path, emoji[0], tmp_path / "three.npz", "--features", "emoji")
     assert "needs 4 images" in found["missing"]["recall"]
     assert found["metrics"]["frechet_distance"]["error"] > 0
-
-
-def test_dinov2_of_a_local_folder(tmp_path, emoji, capsys):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14
-    )
-    torch.manual_seed(0)
-    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
-    np.savez(tmp_path / "few.npz", pictures(5, 32))
-    found = result(tmp_path, tmp_path / "few.npz", tmp_path / "few.npz", "--features", "dinov2", "--weights",
-                   tmp_path / "dino")  # fmt: skip
-    assert abs(found["metrics"]["frechet_distance"]["value"]) < 1e-6
-    (tmp_path / "dino" / "config.json").write_text("{}")
-    assert "not a DINOv2 model" in refused(capsys, *emoji, "--features", "dinov2", "--weights", tmp_path / "dino")
-
-
-GOLDEN = ("SAG_GOLDEN_REFERENCE", "SAG_GOLDEN_SAMPLES", "SAG_GOLDEN_INCEPTION")
-
-
-@pytest.mark.skipif(
-    not set(GOLDEN) <= os.environ.keys(), reason=f"needs the published files, named by {', '.join(GOLDEN)}"
-)
-def test_upstreams_golden_run(tmp_path):
-    """admnet_guided_upsampled_imagenet256.npz against VIRTUAL_imagenet256_labeled.npz: upstream's README."""
-    reference, samples, weights = (os.environ[name] for name in GOLDEN)
-    found = result(tmp_path, reference, samples, "--inception", weights, "--pr_dtype", "fp16")["metrics"]
-    assert found["fid"]["value"] == pytest.approx(3.942557, abs=5e-3)
-    assert found["sfid"]["value"] == pytest.approx(6.140434, abs=5e-3)
-    assert found["inception_score"]["value"] == pytest.approx(215.8370, rel=1e-3)
-    assert found["precision"]["value"] == pytest.approx(0.8265, abs=5e-4)
-    assert found["recall"]["value"] == pytest.approx(0.5309, abs=5e-4)
 
 
 def test_an_output_without_the_characters_is_no_error(monkeypatch):
@@ -347,3 +287,43 @@ def test_json_of_numbers_that_are_not_finite_is_json(tmp_path):
     write_json(tmp_path / "a.json", {"a": [float("inf"), -float("inf"), (float("nan"), 1.5)]})
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"a": ["inf", "-inf", [None, 1.5]]}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_flipped_bit_in_the_cache_is_found(tmp_path, monkeypatch, emoji, seed):
+    monkeypatch.setattr(features_module, "BLOCK", 64)
+    images, network_ = open_source(emoji[1]).images.first(64), emoji_features()
+    whole = extract(images, network_, tmp_path / "c", Ranks(), 64, "").rows["pool"][:]
+    [file] = (tmp_path / "c").rglob("*.npy")
+    data = bytearray(file.read_bytes())
+    chance = np.random.default_rng(seed)
+    data[chance.integers(len(data))] ^= 1 << chance.integers(8)
+    file.write_bytes(data)
+    assert torch.equal(extract(images, network_, tmp_path / "c", Ranks(), 64, "").rows["pool"][:], whole)
+
+
+def test_a_full_disk_under_the_cache_is_one_sentence(tmp_path, capsys, emoji, full_disk):
+    full_disk(4096)
+    said = refused(capsys, *emoji, "--features", "emoji", "--cache", tmp_path / "c")
+    assert ".npy: cannot be written (File too large)" in said
+    assert not [path for path in (tmp_path / "c").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("place", ["", "ref.npz/r.json", "no" * 200], ids=["folder", "below a file", "too long"])
+def test_an_impossible_place_of_the_result_is_told_before_the_work(tmp_path, capsys, emoji, place):
+    said = refused(capsys, *emoji, "--features", "emoji", "--json", tmp_path / place)
+    assert said.startswith(f"error: --json {tmp_path / place}: cannot be written (")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_result_is_shown_where_it_cannot_be_written(tmp_path, capsys, emoji, full_disk):
+    evaluate(*emoji, "--features", "emoji")
+    full_disk(100)
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*emoji, "--features", "emoji", "--json", tmp_path / "r.json")
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert "Fréchet distance" in out
+    assert error.splitlines()[-1] == f"error: --json {tmp_path / 'r.json'}: cannot be written (File too large)"
+    assert not list(tmp_path.glob("*json*"))
+    assert not list(tmp_path.glob(".*"))

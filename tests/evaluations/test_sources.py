@@ -1,6 +1,7 @@
 """What an evaluation reads: every layout it takes, and a sentence for each that it does not."""
 
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -221,3 +222,10 @@ def test_statistics_that_are_none(tmp_path, gaussian, change, sentence):
     np.savez(tmp_path / "s.npz", **gaussian)
     with pytest.raises(ValueError, match=sentence):
         open_source(str(tmp_path / "s.npz"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: wanted a picture, got what is no file"):
+        open_source(str(tmp_path))

@@ -100,6 +100,8 @@ def test_a_start_that_makes_nothing_leaves_what_is_known_of_the_making(flags):
     run("image_sample", **flags)
     path = flags["out_dir"] / "manifest.json"
     first = json.loads(path.read_text())
+    assert first["uint8"] == "trunc(127.5x + 127.5)"
+    assert "uint8" not in first["identity"]
     assert first["made_by"][0]["device"] == "cpu"
     assert first["made_by"][0]["samples"] == first["samples_made_now"] == 10
     path.write_text(json.dumps(first | {"seconds": 1234.5, "ranks": 8}))

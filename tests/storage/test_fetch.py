@@ -1,5 +1,6 @@
 """Fetching by address, against a server on this machine that misbehaves as real ones do."""
 
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,11 +21,15 @@ DATA = bytes(range(256)) * 20000
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `data`; `breaks_at`: how many bytes of the next answer are sent; `ranges`: whether it knows Range."""
+    """Serves `data`; `breaks_at`: how many bytes of the next answer are sent; `ranges`: whether it knows Range.
+
+    tag: its ETag. if_range: whether it knows If-Range. headers: others, instead of its own where they have the name.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.data, self.breaks_at, self.ranges, self.asked = DATA, None, True, []
+        self.tag, self.if_range, self.headers = '"one"', True, {}
 
     def url(self, name):
         return f"http://127.0.0.1:{self.server_port}/{name}"
@@ -38,13 +43,19 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.endswith("missing.pt"):
             self.send_error(404)
             return
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges else 0
+        changed = server.if_range and self.headers.get("If-Range", server.tag) != server.tag
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges and not changed else 0
         if start and start >= len(server.data):
             self.send_error(416)
             return
         body = server.data[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        own = {"Content-Length": len(body), "ETag": server.tag}
+        if start:
+            own["Content-Range"] = f"bytes {start}-{len(server.data) - 1}/{len(server.data)}"
+        for name, value in (own | server.headers).items():
+            if value is not None:
+                self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body[: server.breaks_at])
         server.breaks_at = None
@@ -118,11 +129,99 @@ def test_a_changed_file_is_noticed(server):
     data = bytearray(DATA)
     data[77] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="SHA-256 is no longer"):
+    with pytest.raises(ValueError, match=r"SHA-256 is no longer .* the same command fetches it anew"):
         fetch.local_path(server.url("file.pt"))
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA
     path.write_bytes(DATA[:-1])
     with pytest.raises(ValueError, match="wanted 5120000 bytes, got 5119999"):
         fetch.local_path(server.url("file.pt"))
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"size": 3}', "\x00", "[" * 9999])
+def test_an_odd_record_is_refused_once(server, text):
+    path = fetch.local_path(server.url("file.pt"))
+    path.with_name("file.pt.json").write_text(text)
+    with pytest.raises(ValueError, match=r"file\.pt: nothing is known of it any more; it was deleted, and the same"):
+        fetch.local_path(server.url("file.pt"))
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("if_range", [True, False])
+def test_content_that_changed_between_two_parts_is_fetched_whole(server, if_range):
+    server.breaks_at, server.if_range = 3_000_000, if_range
+    with pytest.raises(ValueError, match="broke off"):
+        fetch.local_path(server.url("file.pt"))
+    server.data, server.tag = DATA[::-1], '"two"'
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA[::-1]
+
+
+def test_a_part_that_the_server_has_no_name_for_is_not_gone_on_with(server):
+    server.breaks_at, server.headers = 3_000_000, {"ETag": None}
+    with pytest.raises(ValueError, match="broke off"):
+        fetch.local_path(server.url("file.pt"))
+    server.data = DATA[::-1]
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA[::-1]
+    assert server.asked == [None, None]
+
+
+@pytest.mark.parametrize("told", ["bytes 0-5119999/5120000", "bytes 3000001-5119999/5120000", "all of it", None])
+def test_another_part_than_was_asked_for_is_not_joined(server, told):
+    server.breaks_at, server.headers = 3_000_000, {"Content-Range": told}
+    with pytest.raises(ValueError, match="broke off"):
+        fetch.local_path(server.url("file.pt"))
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA
+    assert server.asked == [None, "bytes=3000000-", None]
+
+
+def test_a_body_without_length_is_refused(server):
+    server.breaks_at, server.headers = 3_000_000, {"Content-Length": None}
+    with pytest.raises(ValueError, match="does not say how long the file is"):
+        fetch.local_path(server.url("file.pt"))
+    server.headers = {}
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    ("data", "headers", "said"),
+    [
+        (b"\n<!DOCTYPE html><html>sign in</html>", {}, "a web page"),
+        (b"sign in", {"Content-Type": "text/html; charset=utf-8"}, "a web page"),
+        (b"", {}, "an empty file"),
+    ],
+)
+def test_what_is_no_file_is_not_kept(server, data, headers, said):
+    server.data, server.headers = data, headers
+    with pytest.raises(ValueError, match=said):
+        fetch.local_path(server.url("file.pt"))
+    server.data, server.headers = DATA, {}
+    path = fetch.local_path(server.url("file.pt"))
+    assert path.read_bytes() == DATA
+    assert files(path) == ["file.pt", "file.pt.json"]
+
+
+def test_an_address_says_which_file_it_means(server):
+    right = f"{server.url('file.pt')}#sha256={hashlib.sha256(DATA).hexdigest()}"
+    server.data = DATA[::-1]
+    with pytest.raises(ValueError, match=r"file\.pt: wanted the SHA-256 .*, got .*; nothing was kept"):
+        fetch.local_path(right)
+    fetch.local_path(server.url("file.pt"))
+    with pytest.raises(ValueError, match=r"wanted the SHA-256 .*; it was deleted"):
+        fetch.local_path(right)
+    server.data = DATA
+    assert fetch.local_path(right).read_bytes() == DATA
+    assert fetch.local_path(right) == fetch.local_path(server.url("file.pt"))
+    with pytest.raises(ValueError, match="wanted 64 digits from 0 to f, got '12'"):
+        fetch.local_path(f"{server.url('file.pt')}#sha256=12")
+
+
+def test_a_full_disk_is_told_and_the_fetch_goes_on(server, full_disk):
+    full_disk(2_000_000)
+    with pytest.raises(ValueError, match=r"cannot be kept in .*file\.pt\.part: cannot be written \(File too large\)"):
+        fetch.local_path(server.url("file.pt"))
+    full_disk(10_000_000)
+    assert fetch.local_path(server.url("file.pt")).read_bytes() == DATA
+    assert server.asked == [None, "bytes=2000000-"]
 
 
 def test_what_is_not_there_is_refused(server):
@@ -152,11 +251,11 @@ def test_blobfile_comes_first_where_it_knows_the_service_and_https_after(server,
     assert fetch._openers("gs://bucket/x.pt") == [fetch._open_blob]
     assert fetch._openers("http://127.0.0.1/x.pt") == [fetch._open_http]
 
-    def refused(_path, _offset):
+    def refused(*_):
         raise PermissionError("listing is refused")
 
-    def by_http(_path, offset):
-        return fetch_http(server.url("x.pt"), offset)
+    def by_http(_path, *part):
+        return fetch_http(server.url("x.pt"), *part)
 
     fetch_http = fetch._open_http
     monkeypatch.setattr(fetch, "_open_blob", refused)
@@ -167,9 +266,11 @@ def test_blobfile_comes_first_where_it_knows_the_service_and_https_after(server,
 def test_blobfile_streams_with_an_offset(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(DATA)
-    stream, start, size = fetch._open_blob(str(file), 100)
-    with stream:
-        assert (stream.read(5), start, size) == (DATA[100:105], 100, len(DATA))
+    tag = fetch._open_blob(str(file), 0, "").tag
+    source = fetch._open_blob(str(file), 100, tag)
+    with source.stream as stream:
+        assert (stream.read(5), source.start, source.size) == (DATA[100:105], 100, len(DATA))
+    assert fetch._open_blob(str(file), 100, "of another").start == 0
 
 
 def test_a_checkpoint_loads_by_address(server, tmp_path):

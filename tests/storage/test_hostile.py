@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import time
 import zipfile
 
 import numpy as np
@@ -16,10 +17,12 @@ from safetensors.torch import save_file
 from guided_diffusion.runs.sample_store import SampleStore
 from guided_diffusion.settings.guidance import GuidanceConfig
 from guided_diffusion.settings.model import NetworkConfig
-from guided_diffusion.settings.options import merge, read_yaml
+from guided_diffusion.settings.options import BadInput, merge, read_yaml
+from guided_diffusion.storage import files
 from guided_diffusion.storage.checkpoints import load_state_dict
 from guided_diffusion.storage.files import json_text
 from guided_diffusion.storage.given_images import GivenImages
+from guided_diffusion.storage.images import read_picture
 
 STATE = {"weight": torch.arange(40.0).reshape(8, 5), "bias": torch.ones(8)}
 IMAGES = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
@@ -174,6 +177,16 @@ def test_hostile_base_samples(tmp_path, data):
     assert refused_or(tmp_path / "x.npz", data, read_base) is None
 
 
+def test_zeros_that_fill_the_memory_are_no_images(tmp_path, monkeypatch):
+    """3 GiB in 3 MB, made small."""
+    monkeypatch.setattr(files, "LARGE", 2**20)
+    np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((2**19, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"arr_0: 25165824 bytes in .*not images, but a bomb"):
+        GivenImages(str(tmp_path / "bomb.npz"), 4, 4, "base_samples")
+    monkeypatch.setattr(files, "LARGE", 2**25)
+    assert len(GivenImages(str(tmp_path / "bomb.npz"), 4, 4, "base_samples")) == 2**19
+
+
 def read_settings(path):
     return merge((NetworkConfig, GuidanceConfig), (path, read_yaml(path)))
 
@@ -197,11 +210,82 @@ def test_mutated_yaml(tmp_path):
         "3: 4",
         "image_size: " + "[" * 3000,
         "\x00",
+        "image_size: 2020-01-01",
+        "image_size: !!binary aaaa",
+        "image_size: 64.5",
+        "image_size: .inf",
+        "image_size: !!bool x",
+        "image_size: !!int ''",
+        "image_size: 0x1" + "0" * 5000,
+        "image_size: 1" + "0" * 29,
+        'image_size: "' + "9" * 5000 + '"',
+        "x" * 9000 + ": 1",
+        "image_size: &a [*a]",
     ],
-    ids=range(9),
+    ids=range(20),
 )
 def test_hostile_yaml(tmp_path, text):
     assert refused_or(tmp_path / "x.yaml", text.encode(), read_settings) is None
+
+
+@pytest.mark.parametrize("levels", [6, 9, 40])
+@pytest.mark.parametrize("merged", [False, True])
+def test_aliases_of_aliases_are_refused_at_once(tmp_path, levels, merged):
+    first = "a0: &a0 {x: 1}" if merged else "a0: &a0 [" + ", ".join("x" * 10) + "]"
+    more = [f"a{i}: &a{i} " + ("{<<: [%s]}" if merged else "[%s]") % ", ".join([f"*a{i - 1}"] * 10)
+            for i in range(1, levels)]  # fmt: skip
+    text = "\n".join([first, *more, f"image_size: *a{levels - 1}"])
+    started = time.perf_counter()
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.yaml: holds more than 10000 keys and values") as error:
+        read_settings(str(tmp_path / "x.yaml"))
+    assert len(str(error.value)) < 300
+    assert time.perf_counter() - started < 1
+
+
+def test_an_alias_that_is_used_twice_is_read(tmp_path):
+    (tmp_path / "x.yaml").write_text("image_size: &size 32\nnum_channels: *size\n")
+    assert read_settings(str(tmp_path / "x.yaml"))[0].num_channels == 32
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({1: torch.ones(1)}, "no text that can be printed"),
+        ({("a", "b"): torch.ones(1)}, "no text that can be printed"),
+        ({1: {"a": torch.ones(1)}, 2: {"a": torch.ones(1)}}, r"several networks \(1, 2\)"),
+        ({"a\x1b[31m": torch.ones(1)}, r"no text that can be printed: 'a\\x1b\[31m'"),
+        ({"a" * 5000 + "\n": torch.ones(1)}, "no text that can be printed: 'aaa"),
+    ],
+    ids=range(5),
+)
+def test_names_of_tensors_are_texts_that_can_be_shown(tmp_path, state, said):
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=said) as error:
+        load_state_dict(str(tmp_path / "x.pt"))
+    assert len(str(error.value)) < 400
+
+
+def test_a_sentence_controls_no_terminal_and_is_no_page():
+    message = BadInput("\x1b[31mred\n" + "x" * 10**6 + "; give another").message
+    assert message.isprintable()
+    assert message.startswith("\\x1b[31mred")
+    assert message.endswith("; give another")
+    assert len(message) < 1100
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_are_not_waited_for(tmp_path):
+    for name in ("x.png", "x.npz", "x.pt"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=r"x\.png \(a pipe or a device, not a file\)"):
+        GivenImages(str(tmp_path), 4, 4, "base_samples")
+    with pytest.raises(ValueError, match=r"x\.png: not an image that can be read \(a pipe"):
+        read_picture(tmp_path / "x.png", lambda image: image)
+    with pytest.raises((ValueError, OSError), match="a pipe or a device"):
+        GivenImages(str(tmp_path / "x.npz"), 4, 4, "base_samples")
+    with pytest.raises(ValueError, match=r"x\.pt: cannot be read \(a pipe"):
+        load_state_dict(str(tmp_path / "x.pt"))
 
 
 def test_mutated_manifests(tmp_path):

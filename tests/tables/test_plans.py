@@ -65,7 +65,7 @@ def what_it_is(row):
     """A row's run in the words of published.json."""
     settings = settings_of(row)
     return {
-        "weights": settings.sampling.model_path.rpartition("/")[2],
+        "weights": settings.sampling.model_path.partition("#")[0].rpartition("/")[2],
         "s": settings.sag.scale,
         "psi": settings.sag.sag_threshold,
         "sigma": settings.sag.blur_sigma,
@@ -258,7 +258,7 @@ def test_a_plan_that_is_not_there_is_answered_with_those_that_are():
 
 def test_a_folder_is_no_plan(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ValueError, match="not YAML"):
+    with pytest.raises(ValueError, match="cannot be read"):
         read_plan(tmp_path / "folder.yaml")
 
 

@@ -267,6 +267,24 @@ def test_refusals(ran, capsys, tmp_path):
         assert stop.value.code == 2
 
 
+@pytest.mark.parametrize("name", ["../../esc", "/tmp/abs", "..", ".hidden", "a/b", "", "a\nb", "x" * 200])
+def test_a_rows_name_is_no_path(tmp_path, capsys, name):
+    plan = PLAN | {"rows": [PLAN["rows"][0] | {"name": name}]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    said = refused(capsys, "reproduce", tmp_path / "plan.yaml", out_dir=tmp_path / "out" / "here")
+    assert "name: wanted letters, digits and _.+=-" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_measured_nothing_ends_so(tmp_path, capsys):
+    plan = PLAN | {"rows": PLAN["rows"][-2:]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(SystemExit) as stop:
+        run("reproduce", tmp_path / "plan.yaml", out_dir=tmp_path / "out")
+    assert stop.value.code == "none of 2 rows was measured; why not stands in the report"
+    assert "0 of 2 rows measured" in capsys.readouterr().out
+
+
 def test_fetch_brings_files_to_the_cache(tmp_path, monkeypatch, capsys):
     plan = PLAN | {"reference": "https://example.org/ref.npz", "rows": PLAN["rows"][:2]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
@@ -376,6 +394,12 @@ def test_texts_are_escaped():
     assert "&lt;b&gt;&amp;" in table(["x"], [["<b>&"]])
     text = page.as_markdown("Title", [], [page.Section("", "", ["x", "y"], [["|a|", "b"]])])
     assert text.splitlines()[-1] == r"| \|a\| | b |"
+    section = page.Section("<b>", "p < 0.05", ["<i>"], [["a\nb <img src=x>"]])
+    text = page.as_markdown("</h1>\n# other", ["<!-- x"], [section])
+    assert text.splitlines() == [
+        "# &lt;/h1> # other", "", "&lt;!-- x", "", "## &lt;b>", "", "p < 0.05", "", "| &lt;i> |", "| --- |",
+        "| a b &lt;img src=x> |",
+    ]  # fmt: skip
 
 
 def test_a_plan_without_reference_measures_cost(tmp_path):
