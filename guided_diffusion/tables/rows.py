@@ -85,7 +85,7 @@ def compare(row: Row, later: Set[str], judge: Judge, job: Job) -> None:
     """
     known = judge.ranks.first(lambda: results.known(judge.folder, judge.plan))
     there = {name for name, found in known.items() if results.compares(found)}
-    pairs = [pair for pair in judge.plan.compared(row.name, later) if {row.run for row in pair} <= there]
+    pairs = [pair for pair in judge.plan.compared(row.name, later) if {each.run for each in pair} <= there]
     differences = judge.differences(pairs, known)
     if differences and judge.ranks.rank == 0:
         results.write(judge.folder, judge.plan, {}, job.device, differences)
