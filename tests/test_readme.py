@@ -1,6 +1,7 @@
 """The Python code of the README and of docs/ runs as it stands."""
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from golden import fill
+from guided_diffusion.commands.disturbances import shown
 from guided_diffusion.networks.attention import record_attention
 from guided_diffusion.respace import SpacedDiffusion
 
@@ -33,6 +35,25 @@ def test_the_code_of_the_readme_runs(monkeypatch):
     assert (names["images"] != names["unguided"]).any()
     assert names["samples"].shape == (2, 3, 32, 32)
     torch.testing.assert_close(names["score"].mean(dim=(1, 2)), torch.ones(2))
+
+
+def test_the_code_about_evaluation_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SAG_CACHE", str(tmp_path))
+    distance = run_blocks("docs/evaluation.md", 1)["distance"]
+    found = json.loads((ROOT / "docs" / "disturbances" / "emoji.json").read_text())
+    [held_out] = found["samples"].values()
+    assert distance["value"] == pytest.approx(held_out["value"], rel=0.01)
+
+
+def test_the_page_about_evaluation_has_the_committed_disturbances():
+    found = json.loads((ROOT / "docs" / "disturbances" / "emoji.json").read_text())
+    rows = [line for line in shown(found).splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").splitlines()
+    [start] = [number for number, line in enumerate(page) if line == rows[0]]
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), page[start:]))
+    assert table == rows[: len(table)]
+    assert len(table) == len(rows) - len(found["samples"])
 
 
 def test_the_code_about_own_networks_guides_a_network_that_is_not_ours():

@@ -18,7 +18,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 @dataclass(frozen=True)
 class Section:
-    """A table of texts with its title and what explains it.
+    """A table of texts with its title, what explains it, and notes below.
 
     plot: makes its curve, a figure of matplotlib; an ImportError where that is not installed. Pages alone show it.
     """
@@ -28,14 +28,15 @@ class Section:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     plot: Callable[[], Any] | None = None
+    notes: Sequence[str] = ()
 
 
-def measured(number: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """A value with its standard error as text."""
+def measured(number: Mapping[str, Any] | None, digits: int = 2, sign: str = "") -> str:
+    """A value with its standard error as text. sign: `+` to show that of positive values."""
     if number is None or number["value"] is None:
         return "–"
     error = "" if number["error"] is None else f" ± {number['error']:.{digits}f}"
-    return f"{number['value']:.{digits}f}{error}"
+    return f"{number['value']:{sign}.{digits}f}{error}"
 
 
 def _plain(text: str, in_table: bool = False) -> str:
@@ -55,6 +56,8 @@ def as_markdown(title: str, introduction: Sequence[str], sections: Sequence[Sect
         for cells in (section.head, ["---"] * len(section.head), *section.rows):
             lines.append(" | ".join(["", *(_plain(cell, in_table=True) for cell in cells), ""]).strip())
         lines.append("")
+        for note in section.notes:
+            lines += [_plain(note), ""]
     return "\n".join(lines)
 
 

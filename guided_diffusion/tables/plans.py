@@ -3,7 +3,7 @@
 import fnmatch
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,11 @@ class Row:
     def all_settings(self) -> dict[str, Any]:
         """What its files and its flags say, the later one winning."""
         return {key: value for values in (*map(read_yaml, self.config), self.settings) for key, value in values.items()}
+
+    @property
+    def run(self) -> str:
+        """The row whose run this one is."""
+        return self.same_as or self.name
 
     @property
     def script(self) -> str:
@@ -102,6 +107,20 @@ class Plan:
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"--rows: no row is called {pattern!r}; there are {', '.join(names)}")
         return [row for row in self.rows if any(fnmatch.fnmatch(row.name, wanted) for wanted in patterns.split(","))]
+
+    def first(self, row: Row) -> Row | None:
+        """What a row is compared with, the first one of its group; None if it is that one's run itself."""
+        first = next(other for other in self.rows if other.group == row.group)
+        return None if first.run == row.run else first
+
+    def compared(self, run: str, later: Set[str] = frozenset()) -> list[tuple[Row, Row]]:
+        """Rows that a new run may be compared in, each with its group's first. later: runs that ask for themselves."""
+        pairs = [(row, self.first(row)) for row in self.rows]
+        return [
+            (row, first)
+            for row, first in pairs
+            if first and (row.run == run or (first.run == run and row.run not in later))
+        ]
 
 
 def _of_type(where: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> Any:

@@ -47,6 +47,8 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
         else:
             head.append(TITLES[name])
     head += [f"{TITLES[distance]} at N = {common_n}"] if distance else []
+    compared = any(row["difference"] for row in rows)
+    head += ["difference to the first row (standard errors)"] if compared else []
     head += ["N", "network evaluations", "images/s", "fidelity", ""]
     cells = []
     for row in rows:
@@ -61,6 +63,7 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
             difference = f"{found['value'] - there:+.2f}" if found and there is not None else "–"
             line += [_number(there) if known else "–", measured(found), difference]
         line += [measured(row["common"].get(distance))] if distance else []
+        line += [_difference(row, rows[0])] if compared else []
         rate = row.get("images_per_s")
         cost = row.get("network_evaluations_per_sample")
         gradients = row.get("classifier_gradients_per_sample")
@@ -69,6 +72,28 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
         line += [row.get("fidelity") or "–", (row["reason"] and f"not run: {row['reason']}") or row["note"]]
         cells.append(line)
     return head, cells
+
+
+def _difference(row: Result, first: Result) -> str:
+    """The difference of a row's distance to the first row's, or in short why there is none."""
+    difference = row["difference"]
+    if not difference:
+        return "–"
+    if "reason" in difference:
+        return difference["reason"].split(":")[0]
+    found = next(difference["metrics"][name] for name in DISTANCES if name in difference["metrics"])
+    errors = "" if found["errors"] is None else f" ({found['errors']:+.1f})"
+    n = "" if {row["n"], first["n"]} == {difference["n"]} else f" at N = {difference['n']}"
+    return measured(found, sign="+") + errors + n
+
+
+def _why_no_difference(rows: Sequence[Result]) -> list[str]:
+    """The reasons for differences that are not there, each with the rows that it is of."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        if reason := (row["difference"] or {}).get("reason"):
+            labels.setdefault(reason, []).append(row["label"])
+    return [f"{', '.join(of)}: {reason}." for reason, of in labels.items()]
 
 
 def _at_common_n(row: Result) -> tuple[str, Mapping[str, float | None]] | None:
@@ -120,6 +145,11 @@ def _introduction(results: Mapping[str, Any]) -> list[str]:
         if results["paper"]
         else "± is the standard error of the samples' side (distances: delta method). All numbers are this run's.",
     ]
+    if any("metrics" in (row["difference"] or {}) for row in results["rows"]):
+        lines.append(
+            "Differences to the first row of a table are of paired samples, sample i of both from the same noise: ± is "
+            "the standard error of the difference itself, and in brackets is how many of these it is."
+        )
     makers = distinct((maker["samples"], maker) for row in done for maker in row.get("made_by", []))
     lines += [differs] if (differs := what_differs(makers)) else []
     because = Counter(reason for row in done for reason in row.get("not_comparable", []))
@@ -148,7 +178,7 @@ def _of_group(rows: Sequence[Result], title: str, common_n: int) -> Section:
     points = [(row["x"], *_at_common_n(row)) for row in rows if row["x"] is not None and _at_common_n(row)]
     points.sort(key=lambda point: point[0])
     plot = partial(_curve, points, title) if len(points) > 1 else None
-    return Section(title, "", *group_table(rows, common_n), plot=plot)
+    return Section(title, "", *group_table(rows, common_n), plot=plot, notes=_why_no_difference(rows))
 
 
 def _of_equal_cost(results: Mapping[str, Any]) -> list[Section]:

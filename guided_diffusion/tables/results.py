@@ -50,17 +50,48 @@ def _table(plan: Plan, found: Mapping[str, dict[str, Any]]) -> list[dict[str, An
     """A result for every row of the plan."""
     rows = []
     for row in plan.rows:
-        of = next((other for other in plan.rows if other.name == row.same_as), row)
-        rows.append((found.get(of.name) or unmeasured(of, row.missing or "not yet")) | _of_plan(row))
+        of = next(other for other in plan.rows if other.name == row.run)
+        result = (found.get(of.name) or unmeasured(of, row.missing or "not yet")) | _of_plan(row)
+        rows.append(result | {"difference": _difference(plan, row, found)})
     report.add_relative_times(rows)
     return rows
 
 
-def write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]], device: torch.device) -> None:
-    """Put what this process found, by row, among what is there: results.json and both reports, written anew."""
+def _difference(plan: Plan, row: Row, found: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """How a measured row differs from its group's first, or why that is not known; a reason begins with a short one."""
+    first = plan.first(row)
+    if not (first and compares(found.get(row.run))):
+        return None
+    if not compares(found.get(first.run)):
+        return {"against": first.name, "reason": f"no first row: {first.run} is not measured here"}
+    known = found.get(row.name, {}).get("difference") or {}
+    if known.get("against") != first.name:
+        return {"against": first.name, "reason": "not yet: the same command again makes it"}
+    return known
+
+
+def compares(result: Mapping[str, Any] | None) -> bool:
+    """Whether a row has been measured against its reference."""
+    return any(name in (result or {}).get("metrics", {}) for name in report.DISTANCES)
+
+
+def write(
+    folder: Path,
+    plan: Plan,
+    done: Mapping[str, dict[str, Any]],
+    device: torch.device,
+    differences: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
+    """Put what this process found, by row, among what is there: results.json and both reports, written anew.
+
+    differences: to the groups' first rows, by row.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        rows = _table(plan, known(folder, plan) | done)
+        found = known(folder, plan) | done
+        for name, difference in (differences or {}).items():
+            found[name] = found.get(name, {}) | {"difference": difference}
+        rows = _table(plan, found)
         results = {
             "plan": plan.name,
             "title": plan.title,

@@ -1,8 +1,7 @@
 """Rows of a plan run one after the other: sampled, measured, and drawn."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..runs.run import run
 from ..settings.options import BadInput, parse_args
 from ..storage.fetch import local_path
 from . import comparison, results
+from .judging import Judge
 from .page import measured
 from .plans import Plan, Row
 
@@ -51,34 +51,47 @@ def run_rows(
 
     changes: settings of every row, instead of the plan's. inception: weights of the evaluator's network.
     """
-    done: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row.missing or row.same_as:
-            continue
+    judge = Judge(plan, folder, inception, ranks)
+    own = [row for row in rows if not row.missing and not row.same_as]
+    count = 0
+    for number, row in enumerate(own, 1):
         if ranks.rank == 0:
             sys.stderr.write(f"\n{row.name}: {row.label}\n")
         asked = row.with_settings({**changes, "out_dir": folder / row.name})
         before = results.known(folder, plan).get(row.name, {})
         try:
             prepared = ranks.agree(partial(prepare, asked, job.device))
-            found = measure(row, plan, prepared, inception, job, ranks, before)
+            found = measure(row, prepared, judge, job, before)
         except BadInputError as refusal:
             found = {"reason": str(refusal)}
             if ranks.rank == 0:
                 sys.stderr.write(f"{row.name}: not run: {refusal}\n")
         if ranks.rank == 0:
-            done[row.name] = results.unmeasured(row, "") | found
-            for name, number in done[row.name]["metrics"].items():
-                sys.stderr.write(f"{row.name}: {name} {measured(number)}\n")
-            results.write(folder, plan, done, job.device)
-    if ranks.rank == 0 and not done:
-        results.write(folder, plan, done, job.device)
-    return sum(bool(found["metrics"]) for found in done.values())
+            found = results.unmeasured(row, "") | found
+            for name, value in found["metrics"].items():
+                sys.stderr.write(f"{row.name}: {name} {measured(value)}\n")
+            results.write(folder, plan, {row.name: found}, job.device)
+            count += bool(found["metrics"])
+        compare(row, {other.name for other in own[number:]}, judge, job)
+    if ranks.rank == 0 and not own:
+        results.write(folder, plan, {}, job.device)
+    return count
 
 
-def measure(
-    row: Row, plan: Plan, prepared: Prepared, inception: Path | None, job: Job, ranks: Ranks, before: dict[str, Any]
-) -> dict[str, Any]:
+def compare(row: Row, later: Set[str], judge: Judge, job: Job) -> None:
+    """Write the differences between a row that was just measured and those that are there.
+
+    later: rows whose turn comes. What another command writes meanwhile is found by that command: each writes first.
+    """
+    known = judge.ranks.first(lambda: results.known(judge.folder, judge.plan))
+    there = {name for name, found in known.items() if results.compares(found)}
+    pairs = [pair for pair in judge.plan.compared(row.name, later) if {each.run for each in pair} <= there]
+    differences = judge.differences(pairs, known)
+    if differences and judge.ranks.rank == 0:
+        results.write(judge.folder, judge.plan, {}, job.device, differences)
+
+
+def measure(row: Row, prepared: Prepared, judge: Judge, job: Job, before: dict[str, Any]) -> dict[str, Any]:
     """Sample and evaluate one row; what was found, on rank 0. before: what is known of it from an earlier run.
 
     A row without a reference is measured by its cost alone.
@@ -92,8 +105,8 @@ def measure(
     n = pipeline.num_samples
     found = {"metrics": cost(about, n, before)}
     if row.reference:
-        found = judged(row.reference, folder, n, plan, inception, ranks)
-    if ranks.rank:
+        found = judge.metrics(row, n)
+    if judge.ranks.rank:
         return {}
     comparison.draw(pipeline, folder)
     made = about["samples_made_now"]
@@ -106,32 +119,6 @@ def measure(
         "fidelity": prepared.settings["fidelity"],
         "hash": store.hash,
         "made_by": about["made_by"],
-    }
-
-
-def judged(reference: str, folder: Path, n: int, plan: Plan, inception: Path | None, ranks: Ranks) -> dict[str, Any]:
-    """The metrics of a folder's n samples against a reference, on rank 0: of all, and of the first `common_n`."""
-    from evaluations.judge import Settings, judge
-
-    settings = Settings(
-        ranks.first(lambda: str(local_path(reference))),
-        str(folder),
-        features=plan.features,
-        inception=inception,
-        pr_dtype=plan.pr_dtype,
-        cache=folder.parent / "features",
-    )
-    result = judge(settings, ranks)
-    of_common_n = result
-    if 0 < plan.common_n < n:
-        of_common_n = judge(replace(settings, num_samples=plan.common_n), ranks)
-    if ranks.rank:
-        return {}
-    return {
-        "metrics": result["metrics"],
-        "common": of_common_n["metrics"] if 0 < plan.common_n <= n else {},
-        "not_comparable": result["comparable"]["because"],
-        "weights_sha256": result["provenance"]["weights_sha256"],
     }
 
 

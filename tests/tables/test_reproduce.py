@@ -12,6 +12,7 @@ import torch
 import yaml
 from filelock import FileLock
 
+from evaluations import evaluate
 from guided_diffusion.commands import reproduce
 from guided_diffusion.guidance import base
 from guided_diffusion.guidance.base import GuidedDenoiser, Interval
@@ -98,8 +99,10 @@ def test_a_second_run_goes_on_and_keeps_what_is_there(ran, capsys, tmp_path):
     changed["rows"][1]["set"] = {"blur_sigma": 2}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(changed))
     run("reproduce", folder / "tiny.yaml", rows="off", out_dir=folder)
-    assert rows_of(folder)["on"]["reason"] == "not yet"
-    assert rows_of(folder)["by_class"] == before["by_class"]
+    after = rows_of(folder)
+    assert after["on"]["reason"] == "not yet"
+    gone = {"against": "again", "reason": "no first row: on is not measured here"}
+    assert after["by_class"] == before["by_class"] | {"difference": gone}
 
 
 def test_report_shows_published_and_measured(ran):
@@ -119,6 +122,67 @@ def test_report_shows_published_and_measured(ran):
     assert "; N is 7, not 50000 (1 of 3 rows); " in text
     assert "; N is 5, not 50000 (2 of 3 rows)" in text
     assert "## Strength s" in text
+
+
+def test_rows_differ_from_the_first_of_their_group_by_paired_errors(ran):
+    folder, rows = ran[0], rows_of(ran[0])
+    assert rows["off"]["difference"] is None
+    assert rows["again"]["difference"] is None  # the first of its own group
+    difference = rows["on"]["difference"]
+    assert (difference["against"], difference["n"]) == ("off", 5)
+    assert set(difference["metrics"]) == {"frechet_distance", "precision", "recall"}
+    told = evaluate(
+        PLAN["reference"], folder / "on", against=folder / "off", num_samples=5, features="emoji",
+        cache=folder / "features",
+    )["difference"]["metrics"]  # fmt: skip
+    for name, found in difference["metrics"].items():
+        assert found["value"] == pytest.approx(
+            rows["on"]["common"][name]["value"] - rows["off"]["common"][name]["value"]
+        )
+        assert found["error"] == pytest.approx(told[name]["error"])
+    found = difference["metrics"]["frechet_distance"]
+    assert found["errors"] == pytest.approx(found["value"] / found["error"])
+
+    cell = f"| {found['value']:+.2f} ± {found['error']:.2f} ({found['errors']:+.1f}) at N = 5 |"
+    why = "CG: not paired: labels is 'random' in by_class, 'none' in on."
+    assert rows["by_class"]["difference"] == {"against": "again", "reason": why[4:-1]}
+    text, page = ((folder / f"report.{kind}").read_text() for kind in ("md", "html"))
+    lines = text.splitlines()
+    assert cell in next(line for line in lines if line.startswith("| s = 1 |"))
+    assert "| not paired |" in next(line for line in lines if line.startswith("| CG |"))
+    assert why in lines
+    assert "CG: not paired: labels is" in page
+    assert cell.strip("| ") in page
+
+
+def test_differences_are_made_whichever_row_comes_first(ran, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(ran[0], folder)
+    (folder / "results.json").unlink()
+    run("reproduce", ran[1], rows="on", out_dir=folder)
+    assert rows_of(folder)["on"]["difference"] == {
+        "against": "off", "reason": "no first row: off is not measured here",
+    }  # fmt: skip
+    assert "| no first row |" in (folder / "report.md").read_text()
+    run("reproduce", ran[1], rows="off", out_dir=folder)
+    assert rows_of(folder)["on"]["difference"] == rows_of(ran[0])["on"]["difference"]
+
+
+def test_which_rows_a_run_is_compared_in(ran):
+    plan = read_plan(ran[1])
+
+    def names(pairs):
+        return [(row.name, first.name) for row, first in pairs]
+
+    assert names(plan.compared("off")) == [("on", "off")]
+    assert names(plan.compared("on")) == [
+        ("on", "off"),
+        ("by_class", "again"),
+        ("broken", "again"),
+        ("no_weights", "again"),
+    ]
+    # Rows whose turn comes ask for themselves.
+    assert names(plan.compared("on", {"by_class", "broken", "no_weights"})) == [("on", "off")]
 
 
 def test_page_stands_alone(ran):
