@@ -3,15 +3,9 @@
 from evaluations.sources import Source
 
 MADE_OF = (
-    "seed",
-    "image_size",
-    "labels",
-    "balanced_labels",
-    "num_classes",
-    "prompts",
-    "base_samples",
-    "samples_version",
-)
+    "seed", "image_size", "labels", "balanced_labels", "num_classes", "prompts", "base_samples", "init_image",
+    "strength", "samples_version",
+)  # fmt: skip
 """What decides the noise and the label of sample i; what a run does not say is as in a run that does not say it."""
 
 

@@ -98,7 +98,9 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of 32×32 pictures, each picture a glyph")
     parser.add_argument("--init", type=Path, help="begin with the weights of this file")
-    parser.add_argument("--steps", type=whole(1), default=3000, help="training steps (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=whole(0), default=3000, help="training steps; 0: measure the spread alone (default %(default)s)"
+    )
     parser.add_argument(
         "--batch_size", type=whole(1, MOST_AT_A_TIME), default=64, help="pictures a step (default %(default)s)"
     )
