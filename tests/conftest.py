@@ -31,9 +31,18 @@ def small_conditional():
 
 
 @pytest.fixture
-def full_disk():
+def full_disk(request):
     """Let every file end at so many bytes from now on: the system refuses to write more, as on a full disk."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    request.node.after_call = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Take the end of files away before pytest itself writes on, which may be to a file."""
+    try:
+        return (yield)
+    finally:
+        getattr(item, "after_call", lambda: None)()
