@@ -84,7 +84,7 @@ def folder_of(loop: Trainer) -> Iterator[None]:
     """Keep other runs out of a loop's folder; `BadInput` if one is there."""
     with ExitStack() as stack:
         if loop.is_first:
-            with exit_on_bad_input():
+            with exit_on_bad_input("out_dir"):
                 stack.enter_context(alone_in(loop.out_dir))
         yield
 

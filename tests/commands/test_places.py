@@ -45,7 +45,7 @@ def test_the_flag_of_a_wrong_place_is_named(places, capsys, script, arguments, f
     )
 
 
-def test_an_evaluation_is_said_before_its_file_cannot_be_written(places, capsys, monkeypatch):
+def test_an_evaluation_is_refused_where_its_file_cannot_be_written(places, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS.parent))
     from evaluations.evaluator import main
 
@@ -58,5 +58,5 @@ def test_an_evaluation_is_said_before_its_file_cannot_be_written(places, capsys,
         main()
     assert stop.value.code == 2
     said = capsys.readouterr()
-    assert "8 samples, emoji features" in said.out
-    assert f"error: --json: {places / 'file'}: File exists" in said.err
+    assert not said.out
+    assert said.err.splitlines()[-1] == f"error: --json {places / 'file' / 'x.json'}: cannot be written (File exists)"

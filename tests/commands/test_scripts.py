@@ -264,7 +264,7 @@ def test_training_then_sampling(tmp_path):
     }  # fmt: skip
     run("image_train", **flags)
     assert {path.name for path in out_dir.iterdir()} == {
-        "checkpoint.pt", "classes.json", "config.yaml", "model000003.pt", "ema_0.9999_000003.pt"
+        ".lock", "checkpoint.pt", "classes.json", "config.yaml", "model000003.pt", "ema_0.9999_000003.pt"
     }  # fmt: skip
     assert json.loads((out_dir / "classes.json").read_text()) == ["a", "b"]
     run(
