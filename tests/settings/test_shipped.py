@@ -1,6 +1,7 @@
 """What comes with the package is found by name, and what does not is told how to get."""
 
 import re
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -90,7 +91,7 @@ def test_scripts_take_the_settings_that_are_theirs(script, capsys):
     groups, without = SCRIPTS[script]
     with pytest.raises(SystemExit):
         run(script, "--help")
-    own = {field for group in groups for field in group.__dataclass_fields__ if field not in without}
+    own = {field.name for group in groups for field in fields(group) if field.name not in without}
     assert set(re.findall(r"^  --(\w+)", capsys.readouterr().out, flags=re.MULTILINE)) == own | {"config"}
 
 
