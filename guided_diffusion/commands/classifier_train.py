@@ -25,7 +25,7 @@ from ..settings.scripts import SCRIPTS
 from ..storage.files import json_text, write_atomically
 from ..storage.images import ImageFolder
 from ..training.classifier import ClassifierLoop, accuracy_by_noise
-from ..training.run import batches_of, folder_of, look_at, run, write_description
+from ..training.run import batches_of, folder_of, in_a_folder, look_at, run, write_description
 
 NOISE_LEVELS = 10
 DRAWS = 4
@@ -73,6 +73,7 @@ def main() -> None:
     configs = parse_args(__doc__, groups, without=without)
     training, classifier_config, network_config, diffusion_config = configs
     image_size = network_config.image_size
+    training = in_a_folder(training, classifier_config, diffusion_config)
     job = start()
     with exit_on_bad_input("out_dir"):
         network_config, classes = look_at(training.data_dir, replace(network_config, class_cond=True), job)

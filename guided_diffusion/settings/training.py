@@ -1,6 +1,5 @@
 """The settings of training: what every training is told, and those of diffusion networks and classifiers."""
 
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,12 +11,14 @@ from .options import MOST_AT_A_TIME, MOST_SEED, check_seed, option, parse_value
 class TrainerConfig(ABC):
     """what every training is told"""
 
-    default_folder: ClassVar[str] = "runs/train"
+    kind: ClassVar[str] = "train"
+    """How the name of a folder begins, where none is given."""
 
     data_dir: str = option("", "folder of images (any depth); label_name.png gives the class, where there are classes")
     out_dir: str = option(
         "",
-        "folder for checkpoints and the log, where the same command goes on; empty: $OPENAI_LOGDIR, else one in runs/",
+        "folder for checkpoints and the log, where the same command goes on; empty: $OPENAI_LOGDIR, else one in runs/ "
+        "for these settings",
     )
     batch_size: int = option(64, "images per step, of all ranks together", most=MOST_AT_A_TIME)
     microbatch: int = option(-1, "images per forward pass of a rank; -1: all its images")
@@ -43,8 +44,6 @@ class TrainerConfig(ABC):
     )
 
     def __post_init__(self):
-        if not self.out_dir:
-            object.__setattr__(self, "out_dir", os.environ.get("OPENAI_LOGDIR") or self.default_folder)
         check_seed(self.seed)
         for name in ("batch_size", "lr", "log_interval", "save_interval"):
             if not getattr(self, name) > 0:
@@ -126,7 +125,7 @@ class TrainingConfig(TrainerConfig):
 class ClassifierTrainingConfig(TrainerConfig):
     """training"""
 
-    default_folder: ClassVar[str] = "runs/classifier"
+    kind: ClassVar[str] = "classifier"
 
     val_data_dir: str = option("", "folder of other images to validate on; empty: none")
     noised: bool = option(True, "train on noised images, as guidance needs")

@@ -1,12 +1,13 @@
 """What the training scripts share: data of a rank, the folder's files, the run and what it says, samples on the way."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from torch import nn
@@ -16,15 +17,22 @@ from ..diffusion.diffusion import build_diffusion
 from ..diffusion.noise import SampleNoise
 from ..diffusion.samplers import ddim
 from ..runs.ranks import Job
+from ..runs.shards import settings_hash
 from ..settings.model import DiffusionConfig, NetworkConfig, TrainedNetworkConfig
-from ..settings.options import BadInput, exit_on_bad_input
+from ..settings.options import BadInput, exit_on_bad_input, resolved
 from ..settings.training import TrainerConfig, TrainingConfig
 from ..storage import pictures
 from ..storage.files import alone_in, json_text, write_atomically
 from ..storage.images import class_names, found, list_image_files
 from .data import load_data
 from .loop import TrainLoop
+from .resume import NOT_OF_THE_RESULT
 from .trainer import Batches, Trainer
+
+AnyTraining = TypeVar("AnyTraining", bound=TrainerConfig)
+
+LENGTHS = {"lr_anneal_steps", "iterations"}
+"""Settings that say how long a training is."""
 
 SAMPLES = 16
 SAMPLING_STEPS = 25
@@ -79,6 +87,19 @@ def write_description(out_dir: str, settings: dict[str, Any], classes: Sequence[
         write_atomically(Path(out_dir) / "classes.json", lambda file: file.write(json_text(classes).encode()))
 
 
+def in_a_folder(training: AnyTraining, *groups: Any) -> AnyTraining:
+    """The settings with a folder: the given one, else $OPENAI_LOGDIR, else one in runs/ for what makes the weights.
+
+    groups: the other settings of the training. Its length does not count, so that it may be made longer.
+    """
+    if training.out_dir:
+        return training
+    free = (NOT_OF_THE_RESULT | LENGTHS) - {"resume_checkpoint"}
+    made_of = {name: value for name, value in resolved(training, *groups).items() if name not in free}
+    named = Path("runs", f"{training.kind}-{settings_hash(made_of)[:8]}")
+    return replace(training, out_dir=os.environ.get("OPENAI_LOGDIR") or str(named))
+
+
 @contextmanager
 def folder_of(loop: Trainer) -> Iterator[None]:
     """Keep other runs out of a loop's folder; `BadInput` if one is there."""
@@ -122,6 +143,7 @@ def train_diffusion(
     condition: of the samples on the way.
     """
     training, network_config, diffusion_config = configs
+    training = in_a_folder(training, network_config, diffusion_config)
     with exit_on_bad_input("out_dir"):
         loop = TrainLoop(
             network.to(job.device),

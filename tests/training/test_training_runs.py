@@ -193,3 +193,16 @@ def test_a_folder_in_which_another_training_works_is_refused(flags, tmp_path, ca
         assert [path.name for path in (tmp_path / "logs").iterdir()] == [".lock"]
     run("image_train", **flags)
     assert (tmp_path / "logs" / "checkpoint.pt").is_file()
+
+
+def test_a_folder_of_its_own_for_other_settings(flags, tmp_path, monkeypatch):
+    """Without --out_dir: the same command goes on in its folder, also when made longer; other settings have another."""
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    flags = {name: value for name, value in flags.items() if name != "out_dir"}
+    run("image_train", **flags | {"lr_anneal_steps": 1})
+    [first] = (tmp_path / "runs").glob("train-*")
+    run("image_train", **flags | {"lr_anneal_steps": 2, "log_interval": 1})
+    assert checkpoint(first)["step"] == 2
+    run("image_train", **flags | {"lr_anneal_steps": 1, "seed": 7})
+    assert len(list((tmp_path / "runs").glob("train-*"))) == 2
