@@ -353,7 +353,8 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
     sentences = sorted(
         {line for text in said for line in text.splitlines() if line.startswith(("error:", "rank ", "all is"))}
     )
-    tracebacks = sum(f'File "{ROOT}' in text for text in said)
+    ours = [f'File "{ROOT}/{folder}/' for folder in ("guided_diffusion", "evaluations")]  # not what is installed below ROOT
+    tracebacks = sum(place in text for place in ours for text in said)
     made = result(out)
     wrong = made is not None and made != whole
     unheard = fault is store_lost and launch is Hosts.mpiexec  # what a terminal would show is lost with its machine
