@@ -353,7 +353,7 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
     sentences = sorted(
         {line for text in said for line in text.splitlines() if line.startswith(("error:", "rank ", "all is"))}
     )
-    ours = [f'File "{ROOT}/{folder}/' for folder in ("guided_diffusion", "evaluations")]  # not what is installed below ROOT
+    ours = [f'File "{ROOT}/{folder}/' for folder in ("guided_diffusion", "evaluations")]  # torch may lie below ROOT too
     tracebacks = sum(place in text for place in ours for text in said)
     made = result(out)
     wrong = made is not None and made != whole
