@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from golden import fill
-from guided_diffusion.commands.disturbances import shown
 from guided_diffusion.networks.attention import record_attention
 from guided_diffusion.respace import SpacedDiffusion
 
@@ -28,11 +28,12 @@ def run_blocks(document, count):
     return names
 
 
-def test_the_code_of_the_readme_runs(monkeypatch):
+def test_the_code_of_the_readme_and_of_the_page_on_python_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = run_blocks("README.md", 3)
+    names = run_blocks("README.md", 1)
     assert names["images"].shape == names["unguided"].shape == (4, 32, 32, 3)
     assert (names["images"] != names["unguided"]).any()
+    names = run_blocks("docs/python.md", 2)
     assert names["samples"].shape == (2, 3, 32, 32)
     torch.testing.assert_close(names["score"].mean(dim=(1, 2)), torch.ones(2))
 
@@ -46,14 +47,15 @@ def test_the_code_about_evaluation_runs(monkeypatch, tmp_path):
     assert distance["value"] == pytest.approx(held_out["value"], rel=0.01)
 
 
-def test_the_page_about_evaluation_has_the_committed_disturbances():
-    found = json.loads((ROOT / "docs" / "disturbances" / "emoji.json").read_text())
-    rows = [line for line in shown(found).splitlines() if line.startswith("|")]
-    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").splitlines()
-    [start] = [number for number, line in enumerate(page) if line == rows[0]]
-    table = list(itertools.takewhile(lambda line: line.startswith("|"), page[start:]))
-    assert table == rows[: len(table)]
-    assert len(table) == len(rows) - len(found["samples"])
+def test_tables_of_results_are_those_of_the_committed_files():
+    """And a page that says another number is found."""
+    results = runpy.run_path(str(ROOT / "docs" / "results.py"))
+    texts = {page: page.read_text(encoding="utf-8") for page in results["PAGES"]}
+    assert {name for text in texts.values() for _, name, _ in results["PLACE"].findall(text)} == set(results["TABLES"])
+    for page, text in texts.items():
+        assert results["filled"](text) == text, f"{page.name}: run docs/results.py"
+    text = texts[ROOT / "docs" / "tables.md"]
+    assert results["filled"](text.replace("| unguided | 50 |", "| unguided | 51 |")) == text
 
 
 def test_the_code_about_own_networks_guides_a_network_that_is_not_ours():
@@ -100,11 +102,33 @@ def test_an_override_and_a_guidance_act_together():
 
 
 def test_named_files_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "docs/own_network.md", "docs/coming_from_guided_diffusion.md"):
+    pages = [path.relative_to(ROOT) for folder in (ROOT, ROOT / "docs") for path in sorted(folder.glob("*.md"))]
+    assert len(pages) >= 18
+    for document in pages:
         text = (ROOT / document).read_text(encoding="utf-8")
         paths = {ROOT / path for path in re.findall(r"`((?:guided_diffusion|scripts|configs|tests)/[\w/.]*)`", text)}
         links = re.findall(r"\]\((?!http)([^)#]+)", text)
         paths |= {(ROOT / document).parent / link for link in links}
-        assert paths
         for path in paths:
             assert path.exists(), f"{document}: {path}"
+
+
+def anchors(text):
+    """What headings of a page can be linked by."""
+    heads = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_links_go_to_headings_and_every_page_is_listed():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", text):
+            assert anchor in anchors((page.parent / path if path else page).read_text(encoding="utf-8")), f"{page.name}: #{anchor}"
+        if page.parent.name == "docs" and page.name != "README.md":
+            assert f"]({page.name})" in index, f"{page.name} is not in docs/README.md"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180

@@ -6,8 +6,8 @@ To sample: image_sample.py --config OUT_DIR/config.yaml --model_path OUT_DIR/ema
 Examples:
 
   python scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji --image_size 32 --batch_size 64
-  mpiexec -n 2 python scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji ...
-  torchrun --nproc_per_node 2 scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji ...
+  mpiexec -n 2 python scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji --image_size 32
+  torchrun --nproc_per_node 2 scripts/image_train.py --data_dir data/emoji32/train --out_dir runs/emoji --image_size 32
 """
 
 import torch

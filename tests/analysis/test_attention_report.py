@@ -351,18 +351,3 @@ def test_stable_diffusion(tmp_path, scheduler):
             assert np.isfinite(row["measures"][measure]["value"])
     with Image.open(tmp_path / "out" / "animations" / "000001.webp") as film:
         assert film.n_frames == 2
-
-
-def test_readme_quotes_the_committed_results():
-    results = json.loads((MODELS / "emoji32_attention.json").read_text())
-    assert results["study"]["images"] == 371
-    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
-
-    def shown(number):
-        return f"{number['value']:.3f} ± {number['error']:.3f}"
-
-    for size in results["study"]["sizes"]:
-        for threshold, found in size["over_steps"].items():
-            head = f"| {size['map'][0]}² | {threshold} | {shown(found['excess'])} | "
-            assert head + f"{shown(found['iou_random'])} → {shown(found['iou'])} |" in readme
-            assert f"| {shown(found['iou_gain'])} | {shown(found['iou_centre'])} |" in readme

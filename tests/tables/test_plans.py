@@ -262,18 +262,10 @@ def test_a_folder_is_no_plan(tmp_path):
         read_plan(tmp_path / "folder.yaml")
 
 
-def test_the_readme_quotes_the_committed_results():
-    """The rows of the embedded model's table stand so in configs/tables/results/demo.json, which is of today's plan."""
+def test_the_committed_results_are_of_todays_plan():
     results = json.loads((TABLES / "results" / "demo.json").read_text())
-    text = (TABLES.parent.parent / "README.md").read_text()
     measured = [row for row in results["rows"] if row["metrics"] and row["group"] == "main"]
     assert len(measured) >= 3
     for row in measured:
-        name = "frechet_distance"
-        cells = [row["label"], "{value:.2f} ± {error:.2f}".format(**row["metrics"][name])]
-        if row["difference"]:
-            cells.append("{value:+.2f} ± {error:.2f}".format(**row["difference"]["metrics"][name]))
-            cells.append("{errors:+.1f}".format(**row["difference"]["metrics"][name]))
-        assert f"| {' | '.join(cells)} |" in text
         assert row["weights_sha256"] == emoji_features().weights
     assert [row["name"] for row in results["rows"]] == [row.name for row in PLANS["demo"].rows]

@@ -245,8 +245,8 @@ def test_a_dry_run_lists_at_once(ran, capsys, monkeypatch):
 
 
 def named_rows():
-    """Plan and patterns of every command in the README and the script's help that asks for rows."""
-    texts = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8") + (reproduce.__doc__ or "")
+    """Plan and patterns of every command in the page on tables and the script's help that asks for rows."""
+    texts = (SCRIPTS.parent / "docs" / "tables.md").read_text(encoding="utf-8") + (reproduce.__doc__ or "")
     return re.findall(r"reproduce\.py (\w+)[^\n]*--rows '?([^\s']+)", texts)
 
 

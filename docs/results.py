@@ -1,0 +1,123 @@
+"""Put the results of committed JSON files into the tables of the pages: what stands between two markers is made here.
+
+  python docs/results.py            # write the tables
+  python docs/results.py --check    # status 1 where a page says otherwise than the files
+
+A place is `<!-- results: NAME -->` to `<!-- end -->` in README.md, docs/ or the cards of configs/models/.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from guided_diffusion.commands.disturbances import shown  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs" / "models").glob("*.md"))]
+PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(path: str) -> Any:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def number(found: dict[str, Any], shape: str = ".3f") -> str:
+    """value ± error."""
+    return f"{found['value']:{shape}} ± {found['error']:{shape.lstrip('+')}}"
+
+
+def rows(head: str, lines: list[list[str]]) -> str:
+    """A table of Markdown."""
+    columns = head.count("|") + 1
+    return "\n".join([f"| {head} |", "|" + "---|" * columns, *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def demo() -> str:
+    """The measured rows of the embedded model's first group."""
+    lines, name = [], "frechet_distance"
+    for row in read("configs/tables/results/demo.json")["rows"]:
+        if row["group"] == "main" and row["metrics"]:
+            metrics, away = row["metrics"], row["difference"] and row["difference"]["metrics"][name]
+            lines.append([
+                row["label"], f"{row['network_evaluations_per_sample']:g}", number(metrics[name], ".2f"),
+                number(away, "+.2f") if away else "–", f"{away['errors']:+.1f}" if away else "–",
+                number(metrics["precision"]), number(metrics["recall"]),
+            ])  # fmt: skip
+    head = "row | evaluations | Fréchet distance | minus unguided, ± paired error | in standard errors | precision | recall"
+    return rows(head, lines)
+
+
+PAPER = {(8, "1"): ".16 → .23", (8, "1.3"): ".09 → .14", (16, "1"): ".18 → .25", (16, "1.3"): ".05 → .11"}
+"""IoU with objects of random masks and of the attention's, Table 9."""
+
+
+def attention() -> str:
+    """What masks of the embedded model's maps select of its training pictures."""
+    lines = [
+        [
+            f"{size['map'][0]}²", threshold, number(found["excess"]),
+            f"{number(found['iou_random'])} → {number(found['iou'])}", PAPER[size["map"][0], threshold],
+            number(found["iou_gain"]), number(found["iou_centre"]),
+        ]
+        for size in read("configs/models/emoji32_attention.json")["study"]["sizes"]
+        for threshold, found in size["over_steps"].items()
+    ]  # fmt: skip
+    head = "map | ψ | log-spectrum, mask − whole image | IoU with the object, random → attention"
+    return rows(f"{head} | paper (Table 9) | attention − random | IoU of the middle", lines)
+
+
+def disturbances() -> str:
+    """What the Fréchet distance of the emoji features sees."""
+    found = read("docs/disturbances/emoji.json")
+    lines = [line for line in shown(found | {"samples": {}}).splitlines() if line.startswith("|")]
+    said = [f"{found['n']} pictures, undisturbed at {number(found['undisturbed'], '.2f')}"]
+    said += [f"{Path(name).stem}, {row['n']} pictures: {number(row, '.1f')}" for name, row in found["samples"].items()]
+    return "\n".join([*lines, "", "; ".join(said) + "."])
+
+
+def calibration() -> str:
+    """Claimed by true errors: of a metric, of a difference, of a difference of independent sets."""
+    cases = read("docs/calibration.json")
+    same = ("sfid", "inception_score_shuffled")  # of the script's features they are fid and inception_score
+    names = list(dict.fromkeys(name for case in cases for name in case["metrics"] if name not in same))
+    kinds = ("claimed_over_true", "difference_claimed_over_true", "difference_unpaired_over_true")
+    lines = []
+    for name in names:
+        found = [case["metrics"].get(name) for case in cases]
+        shapes = (".2f", ".2f", ".1f")
+        cells = [each and "; ".join(f"{each[k]:{shape}}" for k, shape in zip(kinds, shapes, strict=True)) for each in found]
+        lines.append([name, *(cell or "–" for cell in cells)])
+    head = " | ".join("N {n}, M {m}, D {d}".format(**case["case"]) for case in cases)
+    return rows(f"metric | {head}", lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo, "attention": attention, "disturbances": disturbances, "calibration": calibration,
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the files have them."""
+    return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}\n{place[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page is not as it should be")
+    check = parser.parse_args().check
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            if check:
+                raise SystemExit(f"{page.relative_to(ROOT)}: its tables are not those of the files; python docs/results.py")
+            page.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
