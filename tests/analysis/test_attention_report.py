@@ -23,7 +23,7 @@ from guided_diffusion.networks.attention import attention_blocks, record_attenti
 from guided_diffusion.runs.prepare import IMAGE_GROUPS, Configs, image_run
 from guided_diffusion.settings.options import parse_args
 from latents import DATA, diffusers
-from running import SCRIPTS, refused, run
+from running import LIMIT_S, SCRIPTS, refused, run
 
 MODELS = SCRIPTS.parent / "configs" / "models"
 KNOWN = {"data_dir": MODELS / "emoji32_train.npz", "object_masks": MODELS / "emoji32_masks.npz"}
@@ -264,7 +264,7 @@ def test_page_makes_the_masks_of_the_program(report, tmp_path):
     process = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom",
          "--virtual-time-budget=20000", f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/probe.html"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert "CONSOLE" not in process.stderr
     title = json.loads(process.stdout.split("<title>")[1].split("</title>")[0])
