@@ -29,7 +29,8 @@ def _no_logger(monkeypatch):
 def ours(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logger.Logger, "CURRENT", None)
-        return training_client.cases(tmp_path_factory.mktemp("client")), tmp_path_factory.getbasetemp() / "client0"
+        folder = tmp_path_factory.mktemp("client")
+        return training_client.cases(folder), folder
 
 
 def golden():
