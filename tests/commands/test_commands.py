@@ -23,9 +23,7 @@ def small(command):
     """(script, flags) of a command with width, depth, steps and number of samples replaced, and files to be made."""
     script, *rest = shlex.split(command)
     given = flags(shlex.join(rest))
-    # Heads of 64 channels, and the half width of the first level at 512, want 64; else 32 are enough.
-    wide = "num_head_channels" in given and given.get("image_size") != "256"
-    given |= {"num_channels": "64" if wide else "32", "num_samples": "1", "batch_size": "1"}
+    given |= {"num_channels": "64", "num_samples": "1", "batch_size": "1"}
     # Out.8 stands in the second of three attention levels where there are two blocks a level.
     given["num_res_blocks"] = "2" if given.get("sel_attn_depth") == "8" else "1"
     steps = "2" if int(given.get("diffusion_steps", "1000")) == 1000 else "3"
