@@ -43,7 +43,7 @@ class Subject:
 
 
 def image_subject(configs: Configs, device: torch.device) -> Subject:
-    """A network of pixels, or of an autoencoder's latents. Known images have the condition of the samples of the same numbers."""
+    """A network of images or of their latents. Known images have the condition of the samples of the same numbers."""
     prepared = image_run(configs, device)
     pipeline = prepared.pipeline
     return Subject(

@@ -34,8 +34,9 @@ class Pipeline(Protocol):
     """What makes sample i, of any kind of model.
 
     name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
-    condition. num_steps: States of a trajectory. nearest_levels: how images become uint8 (`to_uint8`). samples_version: a change of the code after which sample i is
-    another raises it; samples of different versions do not share a folder. dtype: of the network's weights.
+    condition. num_steps: States of a trajectory. nearest_levels: how images become uint8 (`to_uint8`).
+    samples_version: a change of the code after which sample i is another raises it; samples of different versions do
+    not share a folder. dtype: of the network's weights.
     """
 
     samples_version: ClassVar[int]

@@ -72,7 +72,7 @@ class Configs:
     by_classifier: ClassifierGuidanceConfig | None = None
     network: NetworkConfig
     diffusion: DiffusionConfig
-    transformer: TransformerConfig = TransformerConfig()
+    transformer: TransformerConfig
     classifier: ClassifierConfig | None = None
 
     @classmethod
