@@ -16,7 +16,6 @@ from .flow import LinearPath
 from .losses import LossType
 from .process import ForwardProcess, get_named_beta_schedule, kept_timesteps
 
-
 NOT_TRAINED = "a linear_path is for sampling alone, its networks are neither trained nor measured here"
 
 

@@ -58,7 +58,11 @@ def euler_step(prediction: Prediction, noise: Tensor | None = None) -> Tensor:  
 
 
 def euler(
-    denoiser: Denoiser, process: LinearPath, x_T: Tensor, condition: Condition, noise: Noise | None = None
+    denoiser: Denoiser,
+    process: LinearPath,
+    x_T: Tensor,
+    condition: Condition,
+    noise: Noise | None = None,  # noqa: ARG001
 ) -> Iterator[State]:
     """Euler's method from x_T, [N, C, H, W]: one network call a step; noise is never asked for."""
     return descend(euler_step, denoiser, process, x_T, condition, None)
@@ -76,13 +80,11 @@ def heun(
     process: `LinearPath.for_heun`. One State a network call; x is what the denoiser is shown next. The last step is
     Euler's: it ends at the image, where no network is called. Noise is never asked for.
     """
-    x = x_T
+    x = halfway = x_T
     for t in reversed(range(process.num_timesteps)):
+        is_end = t % 2
         with torch.no_grad():
             prediction = denoiser(x, torch.full((len(x),), t, device=x.device), condition)
-            if t % 2:  # the end of a step, whose start is known
-                x = start - float(process.widths[t + 1]) * (before + slope(prediction)) / 2
-            else:
-                start, before = x, slope(prediction)
-                x = euler_step(prediction)
+            move = -float(process.widths[t + is_end]) * slope(prediction)
+            halfway, x = (halfway, halfway + move / 2) if is_end else (x + move / 2, x + move)
         yield State(t, x, prediction)
