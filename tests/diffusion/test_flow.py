@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from guided_diffusion.diffusion.denoiser import ModelMeanType, NetworkDenoiser, Prediction
 from guided_diffusion.diffusion.diffusion import build_diffusion
@@ -68,14 +69,13 @@ def test_euler_is_sits():
     network = Waves()
     diffusion = flow("euler")
     denoiser = diffusion.denoiser(network, clip_denoised=False)
+    found = states("euler", denoiser, diffusion.process, X_T)
+    assert network.told[0].dtype is torch.float32
+    assert [told.tolist() for told in network.told] == [[number / STEPS] * 2 for number in range(STEPS)]
     x = X_T
-    for number, state in enumerate(states("euler", denoiser, diffusion.process, X_T)):
-        told = network.told[-1]
-        assert told.dtype is torch.float32
-        assert told.tolist() == [number / STEPS] * 2
+    for number, state in enumerate(found):
         x = of_sit(Waves(), x, number / STEPS, 1 / STEPS, twice=False)
         torch.testing.assert_close(state.x, x, atol=1e-6, rtol=1e-6)
-    assert number == STEPS - 1
 
 
 def test_heun_is_sits():
@@ -165,8 +165,7 @@ def test_guidance_is_the_formulas(small_conditional):
     diffusion = flow("euler", 3)
     cfg = ClassifierFreeGuidance(scale=s_c, null=null)
     sag = SelfAttentionGuidance(scale=s, block=block, blur_sigma=sigma)
-    plain = diffusion.denoiser(network, clip_denoised=False)
-    guided = GuidedDenoiser(plain, diffusion.process, [sag, cfg])
+    guided = GuidedDenoiser(diffusion.denoiser(network, clip_denoised=False), diffusion.process, [sag, cfg])
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
 
     def v(x, t, condition):
@@ -190,9 +189,6 @@ def test_guidance_is_the_formulas(small_conditional):
         torch.testing.assert_close(state.x, x, atol=2e-5, rtol=1e-5)
         x = state.x
     assert all(0.1 < share < 0.9 for share in shares)
-    unguided = states("euler", plain, diffusion.process, X_T.repeat(1, 1, 4, 4), y)[-1].x
-    off = GuidedDenoiser(plain, diffusion.process, [SelfAttentionGuidance(scale=0.0, block=block)])
-    assert torch.equal(states("euler", off, diffusion.process, X_T.repeat(1, 1, 4, 4), y)[-1].x, unguided)
 
 
 def test_a_difference_of_velocities_is_one_of_the_output(small):
@@ -215,22 +211,22 @@ def flags(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "network.pt"
     torch.save(randomised(create_model_and_diffusion(**SMALL)[0]).state_dict(), path)
     flags = SMALL | {"model_path": path, "noise_schedule": "linear_path", "timestep_respacing": 3}
-    return flags | {"sag_scale": 0.5, "sag_block": "middle_block.1", "batch_size": 2}
+    return flags | {"sag_scale": 0.5, "sag_block": "middle_block.1", "batch_size": 1}
 
 
 def test_a_run_goes_on(flags, tmp_path):
-    """Two samples, then four: the folder's first shard stays, and all are the samples of one run."""
+    """One sample, then two: the folder's first shard stays, and both are the samples of one run."""
     flags = flags | {"sampler": "heun"}
-    for count in (2, 4):
+    for count in (1, 2):
         run("image_sample", **flags, num_samples=count, out_dir=tmp_path)
     about = json.loads((tmp_path / "manifest.json").read_text())
     assert (about["identity"]["noise_schedule"], about["identity"]["sampler"]) == ("linear_path", "heun")
     assert about["network_evaluations_per_sample"] == 10  # five calls, each with one more for SAG
-    with np.load(tmp_path / "samples_4x16x16x3.npz") as file:
+    with np.load(tmp_path / "samples_2x16x16x3.npz") as file:
         images = file["arr_0"]
     pipeline = load(**flags)
     assert evaluations(pipeline.guidances, pipeline.num_steps) == 10
-    np.testing.assert_array_equal(images, pipeline.sample(4))
+    np.testing.assert_array_equal(images, pipeline.sample(2))
     assert images.std() > 10
 
 
@@ -271,9 +267,11 @@ def test_what_does_not_go_together_is_refused(flags, tmp_path, capsys, more, sai
 
 
 def test_it_is_neither_trained_nor_measured(flags, tmp_path, capsys):
-    settings = {name: flags[name] for name in ("image_size", "noise_schedule")}
+    Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
+    settings = {name: flags[name] for name in SMALL} | {"noise_schedule": "linear_path", "data_dir": tmp_path}
     for script, more in (("image_train", {}), ("image_nll", {"model_path": flags["model_path"]})):
-        assert "neither trained nor measured" in refused(capsys, script, **settings, **more, data_dir=tmp_path)
+        said = refused(capsys, script, **settings, **more, out_dir=tmp_path / script)
+        assert "neither trained nor measured" in said
     with pytest.raises(ValueError, match="neither trained nor measured"):
         flow("euler").training_losses(Waves(), X_T, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="linear_path is for --sampler euler or heun"):
