@@ -17,10 +17,13 @@ from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks.attention import find_block, record_attention
-from guided_diffusion.runs.prepare import load
-from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
+from guided_diffusion.networks.dit import DiT
+from guided_diffusion.runs.prepare import Configs, image_run, load
+from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.settings.model import DiffusionConfig
+from guided_diffusion.settings.options import parse_args
 from guided_diffusion.settings.runs import FLOW_SAMPLERS
+from guided_diffusion.settings.scripts import SCRIPTS
 from running import refused, run
 from small import SMALL, randomised
 
@@ -157,38 +160,41 @@ def test_x0_is_clamped_and_the_noise_follows(sampler):
     torch.testing.assert_close(state.x, torch.ones_like(X_T))
 
 
-def test_guidance_is_the_formulas(small_conditional):
-    """CFG and SAG of SiT's velocities, step by step: Eq. 25 in ε = x − (1 − u) v, the blurred x̂_0 with the same ε."""
-    network, _ = small_conditional
-    block, null, sigma, s_c, s = find_block(network, "middle_block.1"), null_class(4), 1.5, 0.5, 0.8
+def test_guidance_is_the_formulas():
+    """CFG on 3 of 4 channels and SAG on SiT's velocities, step by step: Eq. 25 in ε = x − t v, x̂_0 = x + (1 − t) v."""
+    torch.manual_seed(0)
+    network = randomised(DiT(16, 2, 4, hidden_size=32, depth=2, num_heads=2, num_classes=4))
+    block, null, sigma, s_c, s = find_block(network, "blocks.1"), null_class(4), 1.5, 0.5, 0.8
     y = {"y": torch.tensor([1, 2])}
     diffusion = flow("euler", 3)
-    cfg = ClassifierFreeGuidance(scale=s_c, null=null)
+    cfg = ClassifierFreeGuidance(scale=s_c, null=null, channels=3)
     sag = SelfAttentionGuidance(scale=s, block=block, blur_sigma=sigma)
     guided = GuidedDenoiser(diffusion.denoiser(network, clip_denoised=False), diffusion.process, [sag, cfg])
-    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
 
     def v(x, t, condition):
-        return network(x, torch.full((2,), t), **condition)[:, :3]
+        return network(x, torch.full((2,), t), **condition)[:, :4]
 
-    shares = []
+    moved = []
     for number, state in enumerate(states("euler", guided, diffusion.process, x, y)):
         t = number / 3
-        u = 1 - t
         with record_attention(block) as scores:
             v_u = v(x, t, null(y))
         v_c = v(x, t, y)
         mask = (scores[block] > 1).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)[:, None]
-        shares.append(mask.float().mean().item())
+        assert 0.1 < mask.float().mean() < 0.9
         eps = x - t * v_u
-        degraded = torch.where(mask, t * gaussian_blur(x + u * v_u, sigma) + u * eps, x)
-        moved = eps - (degraded - t * v(degraded, t, null(y)))
-        of_sag = -s * moved / t if t else 0  # v = (x − ε)/t: the ε of noise alone says nothing
-        v_guided = v_c + s_c * (v_c - v_u) + of_sag
+        degraded = torch.where(mask, t * gaussian_blur(x + (1 - t) * v_u, sigma) + (1 - t) * eps, x)
+        of_sag = eps - (degraded - t * v(degraded, t, null(y)))
+        of_cfg = torch.cat([(v_c - v_u)[:, :3], torch.zeros_like(x[:, 3:])], dim=1)
+        # v = (x − ε)/t: at t = 0, where ε is the noise itself, SAG does not act.
+        v_guided = v_c + s_c * of_cfg - (s * of_sag / t if t else 0)
+        moved.append([(v_guided - v_c)[:, channels].abs().max().item() for channels in (slice(3), slice(3, 4))])
         x = x + v_guided / 3
         torch.testing.assert_close(state.x, x, atol=2e-5, rtol=1e-5)
         x = state.x
-    assert all(0.1 < share < 0.9 for share in shares)
+    assert moved[0][1] == 0  # CFG's three channels alone
+    assert min(moved[0][0], *moved[1], *moved[2]) > 1e-3
 
 
 def test_a_difference_of_velocities_is_one_of_the_output(small):
@@ -209,9 +215,12 @@ def test_a_difference_of_velocities_is_one_of_the_output(small):
 def flags(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "network.pt"
-    torch.save(randomised(create_model_and_diffusion(**SMALL)[0]).state_dict(), path)
-    flags = SMALL | {"model_path": path, "noise_schedule": "linear_path", "timestep_respacing": 3}
-    return flags | {"sag_scale": 0.5, "sag_block": "middle_block.1", "batch_size": 1}
+    torch.save(randomised(DiT(16, 2, 3, hidden_size=32, depth=2, num_heads=2, num_classes=4)).state_dict(), path)
+    return {
+        "model_path": path, "network": "DiT-32x2x2/2", "image_size": 16, "learn_sigma": True, "class_cond": True,
+        "num_classes": 4, "null_label": True, "noise_schedule": "linear_path", "timestep_respacing": 3,
+        "sag_scale": 0.5, "sag_block": "blocks.1", "cfg_scale": 0.5, "cfg_channels": 2, "batch_size": 1,
+    }  # fmt: skip
 
 
 def test_a_run_goes_on(flags, tmp_path):
@@ -221,11 +230,11 @@ def test_a_run_goes_on(flags, tmp_path):
         run("image_sample", **flags, num_samples=count, out_dir=tmp_path)
     about = json.loads((tmp_path / "manifest.json").read_text())
     assert (about["identity"]["noise_schedule"], about["identity"]["sampler"]) == ("linear_path", "heun")
-    assert about["network_evaluations_per_sample"] == 10  # five calls, each with one more for SAG
+    assert about["network_evaluations_per_sample"] == 15  # five calls, of three passes each
     with np.load(tmp_path / "samples_2x16x16x3.npz") as file:
         images = file["arr_0"]
     pipeline = load(**flags)
-    assert evaluations(pipeline.guidances, pipeline.num_steps) == 10
+    assert evaluations(pipeline.guidances, pipeline.num_steps) == 15
     np.testing.assert_array_equal(images, pipeline.sample(2))
     assert images.std() > 10
 
@@ -240,6 +249,18 @@ def test_it_begins_with_images(flags, tmp_path):
     noise = SampleNoise(0, [0], (3, 16, 16)).x_T()
     x0 = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(first.prediction.x_t, x0 / 3 + noise * 2 / 3)
+
+
+def test_sit_as_published():
+    """Its tensors are DiT-XL/2's; what a sample takes is 249 calls, each of both passes."""
+    configs = Configs.of(parse_args("", SCRIPTS["image_sample"].groups, ["--config", "sit_xl_256", "--sag_scale", "1"]))
+    pipeline = image_run(configs, torch.device("meta"), weights=False).pipeline
+    assert sum(parameter.numel() for parameter in pipeline.network.parameters()) == 675_129_632
+    assert (pipeline.network.out_channels, pipeline.x_shape) == (8, (4, 32, 32))
+    sag, cfg = pipeline.guidances
+    assert (cfg.scale, cfg.channels, sag.channels) == (0.5, 3, None)
+    assert evaluations([cfg], pipeline.num_steps) == 2 * 249
+    assert evaluations([sag, cfg], pipeline.num_steps) == 3 * 249
 
 
 TOGETHER = "sampler, noise_schedule: "
@@ -268,7 +289,7 @@ def test_what_does_not_go_together_is_refused(flags, tmp_path, capsys, more, sai
 
 def test_it_is_neither_trained_nor_measured(flags, tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
-    settings = {name: flags[name] for name in SMALL} | {"noise_schedule": "linear_path", "data_dir": tmp_path}
+    settings = SMALL | {"noise_schedule": "linear_path", "data_dir": tmp_path}
     for script, more in (("image_train", {}), ("image_nll", {"model_path": flags["model_path"]})):
         said = refused(capsys, script, **settings, **more, out_dir=tmp_path / script)
         assert "neither trained nor measured" in said
