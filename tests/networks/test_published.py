@@ -42,12 +42,7 @@ def build(name):
 
 def test_there_is_a_configuration_for_every_published_checkpoint():
     assert len(PUBLISHED) == 19
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PUBLISHED) | {
-        "emoji",
-        "emoji_classifier",
-        "dit_xl_256",
-        "dit_xl_512",
-    }
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PUBLISHED) | {"emoji", "emoji_classifier", "dit_xl_256", "dit_xl_512"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
