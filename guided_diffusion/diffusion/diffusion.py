@@ -115,7 +115,7 @@ def check_first_step(diffusion: Diffusion) -> None:
         )
 
 
-def build_flow(config: DiffusionConfig) -> Diffusion:
+def _flow(config: DiffusionConfig) -> Diffusion:
     """The flow model of a configuration: its steps are as wide as each other, and begin at noise alone."""
     for name in ("predict_xstart", "rescale_timesteps"):
         if getattr(config, name):
@@ -140,7 +140,7 @@ def build_diffusion(config: DiffusionConfig, sampler: str | None = None) -> Diff
         wanted = "a linear_path is sampled with euler or heun" if straight else "euler and heun sample a linear_path"
         raise ValueError(f"sampler, noise_schedule: {wanted}, got {sampler} and {config.noise_schedule}")
     if straight:
-        return build_flow(config)
+        return _flow(config)
     betas = get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
     kept = kept_timesteps(betas, config.timestep_respacing or [config.diffusion_steps])
     return Diffusion(
