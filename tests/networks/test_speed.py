@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from guided_diffusion.commands.benchmark import plain
+from guided_diffusion.commands.benchmarks.rows import plain
 from guided_diffusion.networks.attention import TokenLinear, attention_blocks, record_attention
 from guided_diffusion.networks.building import make_ready
 from guided_diffusion.networks.unet import UNetModel
