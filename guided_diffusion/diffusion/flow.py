@@ -77,9 +77,11 @@ def heun(
 ) -> Iterator[State]:
     """Heun's method from x_T, [N, C, H, W]: Euler's steps, each made again with the mean slope of its two ends.
 
-    process: `LinearPath.for_heun`. One State a network call; x is what the denoiser is shown next. The last step is
-    Euler's: it ends at the image, where no network is called. Noise is never asked for.
+    process: `LinearPath.for_heun`, a ValueError where it is not. One State a network call; x is what the denoiser is
+    shown next. The last step is Euler's: it ends at the image, where no network is called. Noise is never asked for.
     """
+    if process.widths[1::2].any():
+        raise ValueError("process: wanted that of LinearPath.for_heun, a step for each network call")
     x = halfway = x_T
     for t in reversed(range(process.num_timesteps)):
         is_end = t % 2

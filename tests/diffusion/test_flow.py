@@ -149,6 +149,8 @@ def test_a_part_of_the_path_is_one():
     assert isinstance(process, LinearPath)
     assert process.for_heun().timesteps.tolist() == [0.75, 0.75, 0.5]
     assert process.widths.tolist() == [0.25, 0.25]
+    with pytest.raises(ValueError, match="for_heun"):
+        states("heun", None, process, X_T)
 
 
 @each_sampler
