@@ -1,6 +1,5 @@
 """Checkpoints: what loads, what is refused and how, and that nothing half-written is left."""
 
-import argparse
 import os
 import pickle
 import zipfile
@@ -120,7 +119,11 @@ def test_the_moving_average_beside_is_mentioned_to_who_loads_a_network(tmp_path,
     [
         ("opt000010.pt", optimizer_state, "an optimizer's state"),
         ("run.pt", lambda path: torch.save({"step": 1, "network": STATE, "emas": {}}, path), "ema_….pt beside it"),
-        ("two.pt", lambda path: torch.save({"model": STATE, "other": STATE}, path), r"several networks \(model, other\)"),
+        (
+            "two.pt",
+            lambda path: torch.save({"model": STATE, "other": STATE}, path),
+            r"several networks \(model, other\)",
+        ),
         (
             "more.pt",
             lambda path: torch.save(STATE | {"args": SimpleNamespace()}, path),
