@@ -97,8 +97,38 @@ def calibration() -> str:
     return rows(f"metric | {head}", lines)
 
 
+GPU, SAMPLES = 100e12, 50_000
+"""Floating-point operations that the estimate lets a GPU do in a second, two for a multiply-add; samples of a row."""
+
+
+def cost() -> str:
+    """What a pass takes, and the hours of a row as it is configured, without and with its guidance."""
+    lines = []
+    for name, found in read("docs/cost.json").items():
+        if name.startswith("emoji"):
+            continue
+        hours = found.get("evaluations", 0) * SAMPLES * 2 * found["multiply_adds"] / GPU / 3600
+        lines.append([
+            f"`{name}`", f"{found['parameters'] / 1e6:,.1f}", f"{found['multiply_adds'] / 1e9:,.1f}",
+            f"{found['evaluations']:g}" if hours else "–", f"{hours:,.0f}" if hours else "–",
+        ])  # fmt: skip
+    return rows("configuration | parameters, 10⁶ | multiply-adds a pass, 10⁹ | evaluations an image | hours, estimated", lines)
+
+
+def precision() -> str:
+    """How exactly parts agree with their references."""
+    lines = []
+    for found in read("docs/precision.json"):
+        numbers = [f"{found[key]:.0e}{word}" for key, word in (("rtol", ""), ("atol", " absolute")) if found[key]]
+        tolerance = f"{found['of_largest']:.0e} of the largest" if found["of_largest"] else " + ".join(numbers) or "equal"
+        worst = f"{found['worst']:.0e}" if found["worst"] else "0"
+        lines.append([found["part"], found["reference"], tolerance, worst, f"`{found['test']}`"])
+    return rows("part | reference | tolerance | worst seen | test", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo, "attention": attention, "disturbances": disturbances, "calibration": calibration,
+    "cost": cost, "precision": precision,
 }  # fmt: skip
 
 
