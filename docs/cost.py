@@ -60,7 +60,7 @@ def cost(path: Path) -> dict[str, Any]:
     pipeline = image_run(configs, NOWHERE, weights=False).pipeline
     network = pipeline.network
     condition = {key: value.to(NOWHERE) for key, value in pipeline.condition(range(1)).items()}
-    found = counted(network, image(pipeline.side), t, **condition)
+    found = counted(network, torch.zeros(1, *pipeline.x_shape, device=NOWHERE), t, **condition)
     return found | {"evaluations": evaluations(pipeline.guidances, pipeline.num_steps)}
 
 

@@ -68,6 +68,9 @@ SMALL = {
 PUBLISHED = "--image_size 64 --num_channels 32 --num_head_channels 32 --use_fp16 False"
 """Networks of published checkpoints: their blocks keep their names."""
 
+TRANSFORMER = "--network DiT-32x13x2/2"
+"""With the block that guides the published ones."""
+
 PUBLISHED_CLASSIFIER = "--classifier_width 64 --classifier_depth 1 --classifier_use_fp16 False"
 
 
@@ -175,12 +178,15 @@ def made_small(script, words, trained):
     if name in ("image_sample", "classifier_sample", "super_res_sample", "attention_report", "noise_gain"):
         if name in ("attention_report", "noise_gain"):
             more += " --num_samples 2 --batch_size 2" if "--model" not in words else " --steps 2 --num_images 1"
-            more += " --blocks middle_block.1" if name == "attention_report" and "--model" not in words else ""
+            block = "blocks.12" if "dit_" in config else "middle_block.1"
+            more += f" --blocks {block}" if name == "attention_report" and "--model" not in words else ""
         if "--model" not in words:
             spacing = value(words, "timestep_respacing") or ("ddim3" if "--use_ddim" in words else "3")
             more += " --timestep_respacing " + re.sub(r"\d+", "3", spacing)
         if re.search("adm_|iddpm_", config) or value(words, "model_path") == "64x64_diffusion.pt":
             more += " " + PUBLISHED if name != "super_res_sample" else " --large_size 64 --small_size 16 " + PUBLISHED[16:]
+        if re.search("dit_|sit_", config):
+            more += " " + TRANSFORMER
         if "adm_classifier" in config:
             more += " " + PUBLISHED_CLASSIFIER
     return [*words, *shlex.split(more)]

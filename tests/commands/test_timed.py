@@ -21,7 +21,7 @@ import calibration
 import latents
 from guided_diffusion.commands import benchmark
 from guided_diffusion.networks.building import fill_at_random
-from guided_diffusion.storage import checkpoints
+from guided_diffusion.storage import checkpoints, fetch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs" / "models").glob("*.md"))]
@@ -48,10 +48,10 @@ SMALL = {
     "stable_diffusion_sample": "--steps 2 --height 64 --width 64 --num_images 1 --out_dir {out_dir}",
     "image_train": f"{NETWORK} --batch_size 2 --lr_anneal_steps 2 --lr_warmup_steps 1 --log_interval 1 --sample_interval 2",
     "super_res_train": f"{NETWORK} --batch_size 2 --lr_anneal_steps 2 --large_size 32 --small_size 16 --log_interval 1",
-    "classifier_train": "--batch_size 2 --iterations 2 --image_size 32 --classifier_width 32 --classifier_depth 1 "
+    "classifier_train": "--batch_size 2 --iterations 2 --image_size 32 --classifier_width 64 --classifier_depth 1 "
     "--classifier_channel_mult 1,1 --classifier_attention_resolutions 16 --log_interval 1 --eval_interval 1",
     "image_nll": "--num_samples 2 --timestep_respacing 3",
-    "attention_report": "--shown_steps 2 --known_images 2 --noise_levels 0.5 --blur_sigmas 1 {out_dir:+}",
+    "attention_report": "--shown_steps 1 --known_images 2 --noise_levels 0.5 --blur_sigmas 1",
     "noise_gain": "--known_images 2 --noise_levels 0.5",
     "disturbances": "--num_samples 8",
     "reproduce": "--dry_run",
@@ -68,7 +68,7 @@ SMALL = {
 PUBLISHED = "--image_size 64 --num_channels 32 --num_head_channels 32 --use_fp16 False"
 """Networks of published checkpoints: their blocks keep their names."""
 
-PUBLISHED_CLASSIFIER = "--classifier_width 32 --classifier_depth 1 --classifier_use_fp16 False"
+PUBLISHED_CLASSIFIER = "--classifier_width 64 --classifier_depth 1 --classifier_use_fp16 False"
 
 
 def lines_of(text):
@@ -141,9 +141,17 @@ def desk(tmp_path, pictures, monkeypatch):
             return fill_at_random(network, device)
         return load(network, path, device, *more, **named)
 
+    find = fetch.local_path
+    stand_in = tmp_path / "fetched"
+    stand_in.touch()
+
+    def local_path(path):
+        return stand_in if "://" in path else find(path)
+
     for module in [module for name, module in sys.modules.items() if name.startswith("guided_diffusion.")]:
-        if getattr(module, "load_into", None) is load:
-            monkeypatch.setattr(module, "load_into", load_into)
+        for old, new in ((load, load_into), (find, local_path)):
+            if getattr(module, new.__name__, None) is old:
+                monkeypatch.setattr(module, new.__name__, new)
     return tmp_path
 
 
@@ -162,11 +170,12 @@ def made_small(script, words, trained):
             words[number] = f"{match[1]}/ema_{match[2]}_000002.pt"
     more = SMALL[name]
     out_dir = value(words, "out_dir")
-    more = more.replace("{out_dir:+}", "").replace("--out_dir {out_dir}", f"--out_dir {out_dir or f'runs/{next(NUMBERS)}'}")
+    more = more.replace("--out_dir {out_dir}", f"--out_dir {out_dir or f'runs/{next(NUMBERS)}'}")
     config = " ".join(after for word, after in zip(words, words[1:], strict=False) if word == "--config")
     if name in ("image_sample", "classifier_sample", "super_res_sample", "attention_report", "noise_gain"):
         if name in ("attention_report", "noise_gain"):
             more += " --num_samples 2 --batch_size 2" if "--model" not in words else " --steps 2 --num_images 1"
+            more += " --blocks middle_block.1" if name == "attention_report" and "--model" not in words else ""
         if "--model" not in words:
             spacing = value(words, "timestep_respacing") or ("ddim3" if "--use_ddim" in words else "3")
             more += " --timestep_respacing " + re.sub(r"\d+", "3", spacing)
@@ -190,8 +199,11 @@ def put_what_is_missing(desk, words):
             path.symlink_to(desk / "PICTURES")
         elif word.startswith("models/") and not path.exists():
             latents.diffusers()
+            if "vae" in word:
+                path.symlink_to(latents.DATA / "model" / "vae")
+                continue
             if "xl" in word:
-                shutil.move(latents.variant(desk, "xl"), path)
+                shutil.move(latents.variant(desk / "made", "xl"), path)
             else:
                 path.symlink_to(latents.DATA / "model")
         elif word.startswith("VIRTUAL") and not path.exists():
