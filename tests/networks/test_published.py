@@ -45,6 +45,7 @@ def test_there_is_a_configuration_for_every_published_checkpoint():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PUBLISHED) | {
         "emoji",
         "emoji_classifier",
+        "emoji_weak",
         "dit_xl_256",
         "dit_xl_512",
     }
