@@ -109,15 +109,19 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
     transformer = configs.transformer
     images = GivenImages(given, about.image_size, about.image_size, "init_image") if given else None
     configs = replace(configs, sampling=counted(configs.sampling, images))
-    diffusion = build_diffusion(configs.diffusion)
+    sampler = configs.sampling.sampler_name
+    diffusion = build_diffusion(configs.diffusion, sampler)
     steps = diffusion.num_timesteps
     diffusion = diffusion.first(configs.sampling.steps_made(steps))
     check_first_step(diffusion)
+    made, diffusion = diffusion.num_timesteps, diffusion.called_by(sampler)
     network = _unfilled(configs)
     guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)
     line = describe_guidance(configs.sag, configs.others, guidances, diffusion.num_timesteps)
     if images:
-        line += f"\nfrom {len(images)} given images: the last {diffusion.num_timesteps} of {steps} steps"
+        line += f"\nfrom {len(images)} given images: the last {made} of {steps} steps"
+    if diffusion.num_timesteps > made:
+        line += f"\n{sampler}: {made} steps of two network calls each, the last one of one, all counted as steps here"
     condition_of, cond_fn = unconditional, None
     if by_classifier:
         missing = by_classifier.classifier_guidance is None and not by_classifier.classifier_path
@@ -170,6 +174,8 @@ def _autoencoder(transformer: TransformerConfig, device: torch.device) -> Autoen
 
 
 def _classifier_gradient(configs: Configs, device: torch.device, weights: bool) -> Callable[..., Tensor]:
+    if configs.diffusion.noise_schedule == "linear_path":
+        raise ValueError("classifier_scale, noise_schedule: no noisy-image classifier knows the noise of a linear_path")
     network, config = configs.network, configs.classifier
     with unfilled():
         classifier = build_classifier(network.image_size, config, network.num_classes)
