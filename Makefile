@@ -1,17 +1,21 @@
 # make demo   the embedded model, with and without self-attention guidance: runs/demo/index.html
-# make test   all tests and the style check
+# make test   all tests, style and types
+# make check  style and types alone
 PYTHON ?= python3
 BIN := .venv/bin
 # Waiting threads sleep: several times faster wherever the machine does anything else.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test
+.PHONY: check demo test
 demo: .venv/demo
 	$(BIN)/python scripts/demo.py
 
-test: .venv/test
+check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .venv/demo: pyproject.toml constraints.txt setup.py

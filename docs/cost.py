@@ -32,7 +32,8 @@ def counted(network: nn.Module, *inputs: torch.Tensor, **condition: torch.Tensor
     """Parameters and multiply-adds of a call."""
     with FlopCounterMode(display=False) as counter:
         network(*inputs, **condition)
-    return {"parameters": sum(p.numel() for p in network.parameters()), "multiply_adds": counter.get_total_flops() // 2}
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
 
 
 def cost(path: Path) -> dict[str, Any]:

@@ -24,13 +24,22 @@ import golden  # noqa: E402
 
 UPSTREAM, AUTHORS = "guided-diffusion's numbers", "the authors' numbers"
 PARTS = {
-    "Networks: UNets of ADM and IDDPM, classifier, upsampler": (UPSTREAM, "networks/test_golden_networks.py::test_network_output"),
+    "Networks: UNets of ADM and IDDPM, classifier, upsampler": (
+        UPSTREAM,
+        "networks/test_golden_networks.py::test_network_output",
+    ),
     "Schedules": (UPSTREAM, "networks/test_golden_networks.py::test_schedule"),
     "Losses": (UPSTREAM, "networks/test_golden_networks.py::test_losses"),
     "Means and variances": (UPSTREAM, "networks/test_golden_networks.py::test_mean_and_variance"),
-    "Training: losses, weights, averages": (UPSTREAM, "door/test_training.py::test_numbers_are_those_of_guided_diffusion"),
+    "Training: losses, weights, averages": (
+        UPSTREAM,
+        "door/test_training.py::test_numbers_are_those_of_guided_diffusion",
+    ),
     "SAG: a guided step": (AUTHORS, "guidance/test_golden_sag.py::test_step_of_the_network"),
-    "SAG: a step of DDPM and DDIM, with a classifier": (AUTHORS, "guidance/test_golden_sag.py::test_step_of_the_sampler"),
+    "SAG: a step of DDPM and DDIM, with a classifier": (
+        AUTHORS,
+        "guidance/test_golden_sag.py::test_step_of_the_sampler",
+    ),
     "SAG: whole trajectories": (AUTHORS, "guidance/test_golden_sag.py::test_trajectory"),
     "Attention score": (
         "the map in float64",
@@ -40,19 +49,38 @@ PARTS = {
     "Solvers: every state": ("diffusers", "diffusion/test_solvers.py::test_every_state_is_that_of_diffusers"),
     "Solvers: one image": ("its exact path", "diffusion/test_solvers.py::test_one_image_is_reached_on_its_exact_path"),
     "Stable Diffusion: SAG, CFG and both": (
-        "diffusers' SAG pipeline", "stable_diffusion/test_stable_diffusion.py::test_golden",
+        "diffusers' SAG pipeline",
+        "stable_diffusion/test_stable_diffusion.py::test_golden",
     ),
-    "Guider for diffusers": ("our sampler", "stable_diffusion/test_guider.py::test_the_guider_gives_what_the_sampler_gives"),
-    "Likelihood by ranks and parts": ("`calc_bpd_loop`", "runs/test_image_nll.py::test_it_is_the_bound_of_calc_bpd_loop"),
-    "Gradients of microbatches": ("those of the batch", "training/test_trainer.py::test_microbatches_have_the_gradient_of_the_batch"),
-    "Inception's features": ("torch-fidelity's numbers", "evaluations/test_inception.py::test_features_are_those_of_the_reference"),
-    "DINOv2's features": ("formulas of EDM2 and dgm-eval", "evaluations/test_dinov2.py::test_both_resizes_against_their_formulas"),
+    "Guider for diffusers": (
+        "our sampler",
+        "stable_diffusion/test_guider.py::test_the_guider_gives_what_the_sampler_gives",
+    ),
+    "Likelihood by ranks and parts": (
+        "`calc_bpd_loop`",
+        "runs/test_image_nll.py::test_it_is_the_bound_of_calc_bpd_loop",
+    ),
+    "Gradients of microbatches": (
+        "those of the batch",
+        "training/test_trainer.py::test_microbatches_have_the_gradient_of_the_batch",
+    ),
+    "Inception's features": (
+        "torch-fidelity's numbers",
+        "evaluations/test_inception.py::test_features_are_those_of_the_reference",
+    ),
+    "DINOv2's features": (
+        "formulas of EDM2 and dgm-eval",
+        "evaluations/test_dinov2.py::test_both_resizes_against_their_formulas",
+    ),
     "Fréchet distance": ("closed form", "evaluations/test_moments.py::test_transported_covariance"),
-    "Fréchet distance of few samples": ("scipy's matrix root", "evaluations/test_moments.py::test_fewer_samples_than_dimensions"),
+    "Fréchet distance of few samples": (
+        "scipy's matrix root",
+        "evaluations/test_moments.py::test_fewer_samples_than_dimensions",
+    ),
     "Precision, recall, density, coverage": ("brute force", "evaluations/test_neighbours.py::test_brute_force"),
     "Inception score": ("upstream's formula", "evaluations/test_scores.py::test_inception_score_is_upstreams"),
     "KID": ("the U-statistic", "evaluations/test_scores.py::test_kernel_distance_is_the_u_statistic"),
-}  # fmt: skip
+}
 """What is compared, with what, and by which test of tests/."""
 
 
@@ -85,7 +113,8 @@ class Recorder:
             pairs = zip(actual, expected, strict=True) if isinstance(actual, list | tuple) else [(actual, expected)]
             for one, other in pairs:
                 if torch.is_tensor(one) and torch.is_tensor(other):
-                    recorder.hear(one.detach(), other.detach(), 1e-5 if atol is None else atol, 1.3e-6 if rtol is None else rtol)
+                    allowed = 1e-5 if atol is None else atol, 1.3e-6 if rtol is None else rtol
+                    recorder.hear(one.detach(), other.detach(), *allowed)
 
         def assert_allclose(actual, desired, rtol=1e-7, atol=0.0, heard=np.testing.assert_allclose, **more):
             heard(actual, desired, rtol=rtol, atol=atol, **more)
@@ -115,7 +144,9 @@ class Recorder:
 def main() -> None:
     wanted = {part: about for part, about in PARTS.items() if part.startswith(tuple(sys.argv[1:] or ("",)))}
     recorder = Recorder()
-    status = pytest.main([*(f"{ROOT}/tests/{test}" for _, test in wanted.values()), "-p", "no:xdist"], plugins=[recorder])
+    status = pytest.main(
+        [*(f"{ROOT}/tests/{test}" for _, test in wanted.values()), "-p", "no:xdist"], plugins=[recorder]
+    )
     if status:
         raise SystemExit(f"the tests end with {status}; {FILE.name} stays as it was")
     before = {row["part"]: row for row in json.loads(FILE.read_text())} if FILE.exists() else {}

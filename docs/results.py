@@ -49,8 +49,8 @@ def demo() -> str:
                 number(away, "+.2f") if away else "–", f"{away['errors']:+.1f}" if away else "–",
                 number(metrics["precision"]), number(metrics["recall"]),
             ])  # fmt: skip
-    head = "row | evaluations | Fréchet distance | minus unguided, ± paired error | in standard errors | precision | recall"
-    return rows(head, lines)
+    head = "row | evaluations | Fréchet distance | minus unguided, ± paired error | in standard errors"
+    return rows(f"{head} | precision | recall", lines)
 
 
 PAPER = {(8, "1"): ".16 → .23", (8, "1.3"): ".09 → .14", (16, "1"): ".18 → .25", (16, "1.3"): ".05 → .11"}
@@ -91,7 +91,8 @@ def calibration() -> str:
     for name in names:
         found = [case["metrics"].get(name) for case in cases]
         shapes = (".2f", ".2f", ".1f")
-        cells = [each and "; ".join(f"{each[k]:{shape}}" for k, shape in zip(kinds, shapes, strict=True)) for each in found]
+        pairs = list(zip(kinds, shapes, strict=True))
+        cells = [each and "; ".join(f"{each[kind]:{shape}}" for kind, shape in pairs) for each in found]
         lines.append([name, *(cell or "–" for cell in cells)])
     head = " | ".join("N {n}, M {m}, D {d}".format(**case["case"]) for case in cases)
     return rows(f"metric | {head}", lines)
@@ -112,7 +113,8 @@ def cost() -> str:
             f"`{name}`", f"{found['parameters'] / 1e6:,.1f}", f"{found['multiply_adds'] / 1e9:,.1f}",
             f"{found['evaluations']:g}" if hours else "–", f"{hours:,.0f}" if hours else "–",
         ])  # fmt: skip
-    return rows("configuration | parameters, 10⁶ | multiply-adds a pass, 10⁹ | evaluations an image | hours, estimated", lines)
+    head = "configuration | parameters, 10⁶ | multiply-adds a pass, 10⁹"
+    return rows(f"{head} | evaluations an image | hours, estimated", lines)
 
 
 def precision() -> str:
@@ -120,7 +122,9 @@ def precision() -> str:
     lines = []
     for found in read("docs/precision.json"):
         numbers = [f"{found[key]:.0e}{word}" for key, word in (("rtol", ""), ("atol", " absolute")) if found[key]]
-        tolerance = f"{found['of_largest']:.0e} of the largest" if found["of_largest"] else " + ".join(numbers) or "equal"
+        tolerance = (
+            f"{found['of_largest']:.0e} of the largest" if found["of_largest"] else " + ".join(numbers) or "equal"
+        )
         worst = f"{found['worst']:.0e}" if found["worst"] else "0"
         lines.append([found["part"], found["reference"], tolerance, worst, f"`{found['test']}`"])
     return rows("part | reference | tolerance | worst seen | test", lines)
@@ -139,13 +143,14 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page is not as it should be")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page is wrong")
     check = parser.parse_args().check
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if (new := filled(text)) != text:
             if check:
-                raise SystemExit(f"{page.relative_to(ROOT)}: its tables are not those of the files; python docs/results.py")
+                name = page.relative_to(ROOT)
+                raise SystemExit(f"{name}: its tables are not those of the files; python docs/results.py")
             page.write_text(new, encoding="utf-8")
 
 

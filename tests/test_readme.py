@@ -125,7 +125,9 @@ def test_links_go_to_headings_and_every_page_is_listed():
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", text):
-            assert anchor in anchors((page.parent / path if path else page).read_text(encoding="utf-8")), f"{page.name}: #{anchor}"
+            assert anchor in anchors((page.parent / path if path else page).read_text(encoding="utf-8")), (
+                f"{page.name}: #{anchor}"
+            )
         if page.parent.name == "docs" and page.name != "README.md":
             assert f"]({page.name})" in index, f"{page.name} is not in docs/README.md"
 

@@ -59,7 +59,7 @@ def quoted(value: Any) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are `BadInput`."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if word.startswith("--") and word.endswith("=--"):  # which argparse takes for no value at all
@@ -277,7 +277,7 @@ def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], with
     the nearest right one.
     """
     fields = _fields(groups, without)
-    values = {}
+    values: dict[str, Any] = {}
     for source, layer in layers:
         for key in layer:
             for other in OTHER_NAMES.get(key, set()) - set(layer):
@@ -332,7 +332,8 @@ def parse_args(
                 default=argparse.SUPPRESS,
                 metavar="BOOL" if is_bool else field.name.rpartition("_")[2].upper(),
                 help=field.metadata["help"].replace("%", "%%") + shown,
-                **({"nargs": "?", "const": "True"} if is_bool else {}),
+                nargs="?" if is_bool else None,
+                const="True" if is_bool else None,
             )
     known, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -57,6 +57,6 @@ def whose(key: str) -> str:
     for name, script in SCRIPTS.items():
         for group in script.groups if key not in script.without else ():
             if key in {field.name for field in fields(group)}:
-                title = group.__doc__.partition(":")[0].partition(" (")[0]
+                title = str(group.__doc__).partition(":")[0].partition(" (")[0]
                 found.setdefault(title, []).append(f"{name}.py")
     return "; ".join(f"{title}: {', '.join(names)}" for title, names in found.items())

@@ -37,9 +37,9 @@ def dit_sizes(name: str) -> Sizes:
         raise ValueError(f"network: wanted {', '.join(DIT_NAMES)} or DiT-WIDTHxDEPTHxHEADS/PATCH, got {name!r}")
     sizes = Sizes(*map(int, own.groups()))
     limits = Sizes(MOST_WIDTH, MOST_DEPTH, MOST_WIDTH, MOST_PATCH)
-    for what, size, most in zip(("width", "depth", "heads", "patch"), sizes, limits, strict=True):
-        if not 1 <= size <= most:
-            raise ValueError(f"network: {name}: {what}: wanted 1 to {most}, got {size}")
+    for what, number, most in zip(("width", "depth", "heads", "patch"), sizes, limits, strict=True):
+        if not 1 <= number <= most:
+            raise ValueError(f"network: {name}: {what}: wanted 1 to {most}, got {number}")
     if sizes.hidden_size % 4 or sizes.hidden_size % sizes.num_heads:
         raise ValueError(
             f"network: {name}: wanted a width that is a multiple of 4 and of its {sizes.num_heads} heads, got "

@@ -106,7 +106,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            if remote:
+            if folder is None:
                 bf.copy(temporary, str(path), overwrite=True)
             else:
                 os.chmod(temporary, 0o644)

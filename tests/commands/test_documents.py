@@ -5,6 +5,7 @@ and does not make (published weights, pictures, a run of another page) is put th
 """
 
 import itertools
+import json
 import re
 import runpy
 import shlex
@@ -13,11 +14,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import calibration
 import numpy as np
 import pytest
 from PIL import Image
 
-import calibration
 import latents
 from guided_diffusion.commands import benchmark
 from guided_diffusion.networks.building import fill_at_random
@@ -31,7 +32,7 @@ OTHERS = re.compile(
     r"pip install .*|make \w+|hf download .*|python -m pytest tests/[\w/.]+|\. \.venv/bin/activate|sha256sum .*|"
     r"(?:mpiexec -n \d+ )?python THEIRS/scripts/\w+\.py .*"
 )
-"""What is not run here, and what becomes of it: see `test_what_is_not_run_is_there`."""
+"""What a page may show beside our own commands, and what is not run."""
 
 NUMBERS = itertools.count()
 
@@ -65,7 +66,7 @@ SMALL = {
 }  # fmt: skip
 """What is added to the commands of a script; of a flag given twice, the last counts."""
 
-PUBLISHED = "--image_size 64 --num_channels 32 --num_head_channels 32 --use_fp16 False"
+PUBLISHED = "--num_channels 32 --num_head_channels 32 --use_fp16 False"
 """Networks of published checkpoints: their blocks keep their names."""
 
 TRANSFORMER = "--network DiT-32x13x2/2"
@@ -129,7 +130,9 @@ def desk(tmp_path, pictures, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "prompts.txt").write_text("a cat\n")
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "samples_64x64x64x3.npz", rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8), np.array([0, 1]))
+    np.savez(
+        tmp_path / "samples_64x64x64x3.npz", rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8), np.array([0, 1])
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
@@ -184,7 +187,8 @@ def made_small(script, words, trained):
             spacing = value(words, "timestep_respacing") or ("ddim3" if "--use_ddim" in words else "3")
             more += " --timestep_respacing " + re.sub(r"\d+", "3", spacing)
         if re.search("adm_|iddpm_", config) or value(words, "model_path") == "64x64_diffusion.pt":
-            more += " " + PUBLISHED if name != "super_res_sample" else " --large_size 64 --small_size 16 " + PUBLISHED[16:]
+            sizes = "--large_size 64 --small_size 16" if name == "super_res_sample" else "--image_size 64"
+            more += f" {sizes} {PUBLISHED}"
         if re.search("dit_|sit_", config):
             more += " " + TRANSFORMER
         if "adm_classifier" in config:
@@ -221,6 +225,35 @@ def put_what_is_missing(desk, words):
             checkpoints.save_atomically(network.state_dict(), path)
 
 
+def written_keys(folder):
+    """Keys at the top of the JSON files, columns of tables and arrays that commands have left, by file."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() or any(parent.is_symlink() for parent in path.parents) or "cache" in path.parts:
+            continue
+        if path.suffix == ".json" and path.name != "classes.json":
+            found = json.loads(path.read_text())
+            yield path, set(found)
+            for row in found.get("rows", [])[:1] if isinstance(found.get("rows"), list) else []:
+                yield path, set(row)
+        elif path.suffix == ".csv":
+            yield path, set(path.read_text().partition("\n")[0].split(","))
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays:
+                yield path, set(arrays.files)
+
+
+def status(script):
+    """How a script ends, 0 or nothing where all is well."""
+    try:
+        if script.stem == "calibration":
+            calibration.main()
+        else:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(page, desk, monkeypatch):
     trained = {}
@@ -232,10 +265,9 @@ def test_the_commands_of_a_page_run(page, desk, monkeypatch):
         if "VIRTUAL_imagenet256_labeled.npz" in words:  # of Inception, whose weights are not at hand
             small += ["--features", "emoji"]
         monkeypatch.setattr(sys, "argv", [script.name, *small])
-        try:
-            if script.stem == "calibration":
-                calibration.main()
-            else:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            assert not stop.code, f"{script} {shlex.join(words)}\nas {shlex.join(small)}\nends with {stop.code}"
+        said = f"{script} {shlex.join(words)}\nas {shlex.join(small)}"
+        assert not status(script), f"{said}: another status than 0"
+    known = set(re.findall(r"`([\w@]+)`", (ROOT / "docs" / "files.md").read_text(encoding="utf-8")))
+    for path, keys in written_keys(desk):
+        keys = {key for key in keys if "/" not in key}  # folders that a file tells of
+        assert keys <= known, f"docs/files.md does not have {sorted(keys - known)} of {path.name}"
