@@ -45,7 +45,7 @@ def cost(path: Path) -> dict[str, Any]:
         return torch.zeros(1, channels, side, side, device=NOWHERE)
 
     if "large_size" in text:
-        sampling, sizes, network, diffusion = configure(SCRIPTS["super_res_sample"].groups, [str(path)], ("cost", {}))
+        _, sizes, network, diffusion = configure(SCRIPTS["super_res_sample"].groups, [str(path)], ("cost", {}))
         with unfilled():
             upsampler = build_upsampler(sizes, network, diffusion.learn_sigma)
         y = torch.zeros(1, dtype=torch.int64, device=NOWHERE)

@@ -1,7 +1,7 @@
-"""The commands that the README and the pages of docs/ show, run page by page on little: few samples, steps and pictures.
+"""The commands that the README and the pages of docs/ show run, page by page, on few samples, steps and pictures.
 
-A page's commands run in its order, in a folder of their own, so that what one writes the next may read. What a page needs
-and does not make (published weights, pictures, a run of another page) is put there small.
+A page's commands run in its order, in a folder of their own, so that what one writes the next may read. What a page
+needs and does not make (published weights, pictures, a run of another page) is put there small.
 """
 
 import itertools
@@ -47,7 +47,7 @@ SMALL = {
     "super_res_sample": SAMPLING,
     "demo": "--num_samples 2 --timestep_respacing 3",
     "stable_diffusion_sample": "--steps 2 --height 64 --width 64 --num_images 1 --out_dir {out_dir}",
-    "image_train": f"{NETWORK} --batch_size 2 --lr_anneal_steps 2 --lr_warmup_steps 1 --log_interval 1 --sample_interval 2",
+    "image_train": f"{NETWORK} --batch_size 2 --lr_anneal_steps 2 --lr_warmup_steps 1 --log_interval 1",
     "super_res_train": f"{NETWORK} --batch_size 2 --lr_anneal_steps 2 --large_size 32 --small_size 16 --log_interval 1",
     "classifier_train": "--batch_size 2 --iterations 2 --image_size 32 --classifier_width 64 --classifier_depth 1 "
     "--classifier_channel_mult 1,1 --classifier_attention_resolutions 16 --log_interval 1 --eval_interval 1",
@@ -104,7 +104,7 @@ def commands_of(page):
 
 def value(words, flag, default=""):
     """What a command gives a flag (the last of several)."""
-    found = [after for word, after in zip(words, words[1:], strict=False) if word == f"--{flag}"]
+    found = [after for word, after in itertools.pairwise(words) if word == f"--{flag}"]
     return found[-1] if found else default
 
 
@@ -177,7 +177,7 @@ def made_small(script, words, trained):
     more = SMALL[name]
     out_dir = value(words, "out_dir")
     more = more.replace("--out_dir {out_dir}", f"--out_dir {out_dir or f'runs/{next(NUMBERS)}'}")
-    config = " ".join(after for word, after in zip(words, words[1:], strict=False) if word == "--config")
+    config = " ".join(after for word, after in itertools.pairwise(words) if word == "--config")
     if name in ("image_sample", "classifier_sample", "super_res_sample", "attention_report", "noise_gain"):
         if name in ("attention_report", "noise_gain"):
             more += " --num_samples 2 --batch_size 2" if "--model" not in words else " --steps 2 --num_images 1"
