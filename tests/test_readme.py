@@ -38,6 +38,21 @@ def test_the_code_of_the_readme_and_of_the_page_on_python_runs(monkeypatch):
     torch.testing.assert_close(names["score"].mean(dim=(1, 2)), torch.ones(2))
 
 
+def test_the_cells_of_the_tour_run():
+    """One after another; each but the first ends with a picture."""
+    notebook = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+    names = {}
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(notebook["cells"]) == 10
+    for number, cell in enumerate(cells):
+        assert number == 0 or cell.rpartition("\n")[2].startswith("sheet(")
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    assert names["sheet"](names["score"]).size == (4 * 128, 128)
+    shares = [mask.float().mean().item() for mask in names["masks"].values()]
+    assert shares == sorted(shares, reverse=True)
+    assert (names["both"] != names["guided"]).any()
+
+
 def test_the_code_about_evaluation_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SAG_CACHE", str(tmp_path))

@@ -39,6 +39,7 @@ NUMBERS = itertools.count()
 ELSEWHERE = {"tests/hosts.py", "tests/faults.py"}
 """Scripts that take minutes or need root; they have tests of their own."""
 
+TINY = "--image_size 32 --channel_mult 1,1,2"
 NETWORK = "--num_channels 32 --num_res_blocks 1 --num_head_channels 32"
 SAMPLING = "--num_samples 2 --batch_size 2 --out_dir {out_dir}"
 SMALL = {
@@ -47,7 +48,7 @@ SMALL = {
     "super_res_sample": SAMPLING,
     "demo": "--num_samples 2 --timestep_respacing 3",
     "stable_diffusion_sample": "--steps 2 --height 64 --width 64 --num_images 1 --out_dir {out_dir}",
-    "image_train": f"{NETWORK} --image_size 32 --channel_mult 1,1,2 --batch_size 2 --lr_anneal_steps 2 --lr_warmup_steps 1 --log_interval 1",
+    "image_train": f"{NETWORK} {TINY} --batch_size 2 --lr_anneal_steps 2 --lr_warmup_steps 1 --log_interval 1",
     "super_res_train": f"{NETWORK} --batch_size 2 --lr_anneal_steps 2 --large_size 32 --small_size 16 --log_interval 1",
     "classifier_train": "--batch_size 2 --iterations 2 --image_size 32 --classifier_width 64 --classifier_depth 1 "
     "--classifier_channel_mult 1,1 --classifier_attention_resolutions 16 --log_interval 1 --eval_interval 1",
