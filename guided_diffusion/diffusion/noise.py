@@ -1,6 +1,6 @@
 """Random numbers that belong to a sample: a function of (seed, sample index) alone, on any machine and any ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,14 +12,15 @@ from ..settings.options import check_seed
 
 # The purpose of a stream and the step stand in the high words of Philox's counter, so streams never meet.
 X_T, STEP, LABEL, MASK, ORDER, CROP, TRAINING, VALIDATION, DROPOUT, CHOICE = range(10)
+OTHER_CLASS, TIME_STEP, TOKENS, BLOCKS = range(10, 14)
 
 _drawing = ThreadPoolExecutor(1, thread_name_prefix="noise")
 
 
-def generator(seed: int, index: int, purpose: int, step: int = 0) -> np.random.Generator:
-    """The random numbers of sample `index` for one purpose and step."""
+def generator(seed: int, index: int, purpose: int, step: int = 0, place: int = 0) -> np.random.Generator:
+    """The random numbers of sample `index` for one purpose and step; place: one of several of them."""
     key = np.array([seed, index], dtype=np.uint64)  # of a list numpy would make floats from 2^63 on
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, purpose, step]))
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, place, purpose, step]))
 
 
 def choice(seed: int, of: int) -> list[int]:
@@ -39,10 +40,19 @@ class Samples:
     seed: int
     indices: Sequence[int]
 
-    def uniform(self, steps: Sequence[int], count: int) -> Tensor:
-        """Numbers in [0, 1) for the masks of each row at its step: [N, count] float64."""
+    def uniform(self, steps: Sequence[int], count: int, purpose: int = MASK, place: int = 0) -> Tensor:
+        """Numbers in [0, 1) of each row at its step, for masks or another purpose: [N, count] float64."""
+        return self._drawn(steps, purpose, place, lambda numbers: numbers.random(count))
+
+    def normal(self, steps: Sequence[int], count: int, purpose: int) -> Tensor:
+        """Standard normal numbers of each row at its step: [N, count] float64."""
+        return self._drawn(steps, purpose, 0, lambda numbers: numbers.standard_normal(count))
+
+    def _drawn(
+        self, steps: Sequence[int], purpose: int, place: int, draw: Callable[[np.random.Generator], np.ndarray]
+    ) -> Tensor:
         rows = [
-            generator(self.seed, index, MASK, step).random(count)
+            draw(generator(self.seed, index, purpose, step, place))
             for index, step in zip(self.indices, steps, strict=True)
         ]
         return torch.from_numpy(np.stack(rows))

@@ -5,18 +5,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusion.denoiser import Condition, Denoiser, Prediction, stacked
-from ..diffusion.noise import Samples
+from ..diffusion.noise import MASK, Samples
 from ..diffusion.process import NoiseLevels
 from ..networks.attention import Attends, last_rows
 
 NullCondition = Callable[[Condition], Condition]
 """What makes of a condition the one of the unconditional pass: the same keys and shapes."""
+
+Transform = Callable[[Tensor, "Step", "Guidance"], Tensor]
+"""What makes of a guidance's Δ at a step the one that is added; what it remembers is in the step's memory."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Guidance(ABC):
     """One difference Δ in ε; the guided prediction is ε(x, c) + Σ scale · Δ.
 
     scale: the paper's s, 0 = off. every: Δ is computed at guided steps 0, every, 2·every, … and used again between.
+    transforms: what Δ goes through, in this order, before it is scaled and added.
     """
 
     uses_base: ClassVar[bool] = True
@@ -55,9 +59,13 @@ class Guidance(ABC):
     passes: ClassVar[int] = 1
     """Network passes that one difference takes beside the shared ones."""
 
+    weak_passes: ClassVar[int] = 0
+    """Passes of a weak network of its own that one difference takes."""
+
     scale: float
     interval: Interval = field(default_factory=Interval)
     every: int = 1
+    transforms: Sequence[Transform] = ()
 
     def __post_init__(self):
         if not math.isfinite(self.scale):
@@ -73,9 +81,20 @@ class Guidance(ABC):
         """What makes the condition of the unconditional pass, if Δ needs that pass."""
         return None
 
+    def networks(self) -> Sequence[nn.Module]:
+        """The networks of its own, beside the one that is guided."""
+        return ()
+
     @abstractmethod
     def difference(self, step: "Step") -> Tensor:
         """Δ of x_t's shape, without the scale."""
+
+    def transformed(self, step: "Step") -> Tensor:
+        """Δ as it is added, but for the scale."""
+        difference = self.difference(step)
+        for transform in self.transforms:
+            difference = transform(difference, step, self)
+        return difference
 
     def x0_difference(self, step: "Step") -> Tensor | float:  # noqa: ARG002
         """Δ in x̂_0, where the step has ᾱ = 0 and ε says nothing of x̂_0; 0 if the technique knows none."""
@@ -88,26 +107,33 @@ class Observation:
 
     base: what guidances degrade, the unconditional ε(x, ∅) where that pass is made (Hong et al., Eq. 25), else the
     conditional one. recorded: attention of the base's rows, by guidance and block. samples: which samples the rows are,
-    None where that is not known.
+    None where that is not known. memory: what is kept until the end of the trajectory, by who keeps it.
     """
 
     base: Prediction
     recorded: Mapping[Guidance, Mapping[Attends, Tensor]]
     samples: Samples | None = None
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def indices(self) -> Sequence[int]:
         """Which samples the rows are; where that is not known, their places in the batch."""
         return self.samples.indices if self.samples else range(len(self.base.x_t))
 
-    def uniform(self, count: int) -> Tensor:
-        """Numbers in [0, 1) for masks, [N, count] float64 on the CPU, the same for every guidance of a step.
+    def uniform(self, count: int, purpose: int = MASK, place: int = 0) -> Tensor:
+        """Numbers in [0, 1) for masks, or another purpose, [N, count] float64 on the CPU, the same at every call.
 
-        A function of sample and step alone; where the samples are not known, from torch's generator.
+        A function of sample, step, purpose and place alone; where the samples are not known, from torch's generator.
         """
         if self.samples:
-            return self.samples.uniform(self.base.t.tolist(), count)
+            return self.samples.uniform(self.base.t.tolist(), count, purpose, place)
         return torch.rand(len(self.base.x_t), count, dtype=torch.float64)
+
+    def normal(self, count: int, purpose: int) -> Tensor:
+        """Standard normal numbers, as `uniform`."""
+        if self.samples:
+            return self.samples.normal(self.base.t.tolist(), count, purpose)
+        return torch.randn(len(self.base.x_t), count, dtype=torch.float64)
 
 
 class Step(Observation):
@@ -115,7 +141,7 @@ class Step(Observation):
 
     conditional: ε(x, c), which guidance is added to, from one batch with `base`; without `null`, which makes the
     condition of the unconditional pass, the two are one. due: the guidances that attention is recorded for.
-    evaluations: network passes made so far, in units of one pass of x_t.
+    evaluations: network passes made so far, in units of one pass of x_t; weak_evaluations: those of weak networks.
     """
 
     def __init__(
@@ -127,9 +153,10 @@ class Step(Observation):
         due: Sequence[Guidance] = (),
         null: NullCondition | None = None,
         samples: Samples | None = None,
+        memory: dict[Any, Any] | None = None,
     ):
         self._denoiser = denoiser
-        self.evaluations = 0
+        self.evaluations = self.weak_evaluations = 0
         rows = len(x_t)
         with ExitStack() as stack:
             recorded = {guidance: stack.enter_context(guidance.record()) for guidance in due}
@@ -139,12 +166,17 @@ class Step(Observation):
                 self.conditional, base = self._denoise_both(x_t, t, condition, null(condition))
         of = rows if null is None else 2 * rows
         of_base = {guidance: last_rows(scores, rows, of) for guidance, scores in recorded.items()}
-        super().__init__(base, of_base, samples)
+        super().__init__(base, of_base, samples, {} if memory is None else memory)
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """One more network pass."""
         self.evaluations += 1
         return self._denoiser(x_t, t, condition)
+
+    def denoise_by(self, weak: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """One pass of a weak network."""
+        self.weak_evaluations += 1
+        return weak(x_t, t, condition)
 
     def _denoise_both(
         self, x_t: Tensor, t: Tensor, condition: Condition, unconditional: Condition
@@ -171,6 +203,11 @@ class Due:
     def evaluations(self) -> int:
         """Network passes of the step, in units of one pass of x_t."""
         return 1 + (self.null is not None) + sum(guidance.passes for guidance in self.computed)
+
+    @property
+    def weak_evaluations(self) -> int:
+        """Passes of weak networks."""
+        return sum(guidance.weak_passes for guidance in self.computed)
 
 
 class Timetable:
@@ -203,16 +240,26 @@ class Timetable:
 
 def evaluations(guidances: Sequence[Guidance], num_timesteps: int) -> int:
     """The network evaluations that a trajectory of so many steps takes, counted without making any."""
+    return sum(due.evaluations for due in _all_due(guidances, num_timesteps))
+
+
+def weak_evaluations(guidances: Sequence[Guidance], num_timesteps: int) -> int:
+    """Those of weak networks."""
+    return sum(due.weak_evaluations for due in _all_due(guidances, num_timesteps))
+
+
+def _all_due(guidances: Sequence[Guidance], num_timesteps: int) -> list[Due]:
     timetable = Timetable(guidances, num_timesteps)
-    return sum(timetable.next([t]).evaluations for t in reversed(range(num_timesteps)))
+    return [timetable.next([t]) for t in reversed(range(num_timesteps))]
 
 
 class GuidedDenoiser:
     """A denoiser with guidances added: itself a denoiser, for one trajectory.
 
-    Make a new one for every trajectory: between steps it remembers differences that are used again. `last_step` is the
-    newest Step; `evaluations` counts network passes of the whole trajectory. samples: which samples the rows are, for
-    masks that belong to a sample.
+    Make a new one for every trajectory: between steps it remembers differences that are used again, and what guidances
+    keep. `last_step` is the newest Step; `evaluations` counts network passes of the whole trajectory,
+    `weak_evaluations` those of weak networks. samples: which samples the rows are, for random choices that belong to
+    a sample.
     """
 
     def __init__(
@@ -226,21 +273,25 @@ class GuidedDenoiser:
         self._samples = samples
         self._timetable = Timetable(guidances, process.num_timesteps)
         self._differences: dict[Guidance, Tensor] = {}
+        self._memory: dict[Any, Any] = {}
         self.last_step: Step | None = None
-        self.evaluations = 0
+        self.evaluations = self.weak_evaluations = 0
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         # The device is read once a step, and not at all where nothing guides.
         due = self._timetable.next(t.tolist() if self._timetable.guidances else ())
-        step = self.last_step = Step(self._denoiser, x_t, t, condition, due.computed, due.null, self._samples)
+        step = self.last_step = Step(
+            self._denoiser, x_t, t, condition, due.computed, due.null, self._samples, self._memory
+        )
         eps, x0 = step.conditional.eps, step.conditional.raw_x0
         for guidance, inside in due.inside.items():
             if guidance in due.computed:
-                self._differences[guidance] = guidance.difference(step)
+                self._differences[guidance] = guidance.transformed(step)
             weight = guidance.scale
             if not all(inside):
                 weight = weight * torch.tensor(inside, device=x_t.device).reshape(-1, *[1] * (x_t.ndim - 1))
             eps = eps + weight * self._differences[guidance]
             x0 = x0 + weight * guidance.x0_difference(step)
         self.evaluations += step.evaluations
+        self.weak_evaluations += step.weak_evaluations
         return step.conditional.with_eps(eps, otherwise=x0) if due.inside else step.conditional

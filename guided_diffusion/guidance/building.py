@@ -10,13 +10,14 @@ from ..networks.attention import Replaceable, find_block
 from ..networks.building import lost_attention
 from ..networks.unet import UNetModel
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
-from ..settings.model import NetworkConfig
+from ..settings.methods import Method, TransformConfig
 from ..settings.options import numbers
 from ..storage.files import open_regular, read_arrays
 from .base import Guidance, Interval
 from .classifier_free import ClassifierFreeGuidance, null_class
 from .masked_blur import MaskedBlur, MaskGuidance
 from .masks import CentredSquare, GivenMaps, HighFrequency, Masking, RandomCells, everywhere
+from .methods import Guided, build_method, with_transforms
 from .perturbed_attention import PerturbedAttentionGuidance
 from .self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from .smoothed_energy import SmoothedEnergyGuidance
@@ -132,26 +133,40 @@ def _blocks(network: UNetModel, key: str, names: str) -> tuple[Replaceable, ...]
         raise ValueError(f"{key}: {error}") from None
 
 
-def guidances_of(
-    config: GuidanceConfig, others: OtherGuidanceConfig, network: UNetModel, about: NetworkConfig, labels: str
-) -> list[Guidance]:
-    """The guidances that flags ask for, self-attention guidance first.
+def _on(methods: Sequence[Method | TransformConfig]) -> tuple[list[Method], TransformConfig]:
+    """The guidances among these groups that have a strength, and the transforms, which are off where they are not."""
+    transforms = [group for group in methods if isinstance(group, TransformConfig)] or [TransformConfig()]
+    return [group for group in methods if not isinstance(group, TransformConfig) and group.scale], transforms[0]
 
-    That one is checked also where its scale is 0, unless its flags are at their defaults. about: the network's
-    configuration. labels: the flag, to refuse classifier-free guidance where no sample has a class.
+
+def guidances_of(
+    config: GuidanceConfig, others: OtherGuidanceConfig, methods: Sequence[Method | TransformConfig], guided: Guided
+) -> list[Guidance]:
+    """The guidances that flags ask for, self-attention guidance first, then in the order of their groups.
+
+    That one is checked also where its scale is 0, unless its flags are at their defaults.
     """
-    if others.cfg_scale and labels == "none":
+    network, about = guided.network, guided.about
+    if others.cfg_scale and guided.labels == "none":
         raise ValueError("cfg_scale: with labels none there is no class to guide to; give --labels random or classes")
     null_label = about.num_classes if about.class_cond and about.null_label else None
     guidances = build_other_guidances(network, others, config, null_label)
     off = GuidanceConfig(
         guide_start=config.guide_start, guide_interval=config.guide_interval, guide_every=config.guide_every
     )
-    return guidances if config == off else [build_guidance(network, config), *guidances]
+    if config != off:
+        guidances = [build_guidance(network, config), *guidances]
+    on, transforms = _on(methods)
+    guidances += [build_method(method, guided, _when(config)) for method in on]
+    return with_transforms(guidances, transforms)
 
 
 def describe_guidance(
-    config: GuidanceConfig, others: OtherGuidanceConfig, guidances: Sequence[Guidance], num_timesteps: int
+    config: GuidanceConfig,
+    others: OtherGuidanceConfig,
+    methods: Sequence[Method | TransformConfig],
+    guidances: Sequence[Guidance],
+    num_timesteps: int,
 ) -> str:
     """For people: a line for each guidance, and how many steps it acts at."""
     acting = [guidance for guidance in guidances if guidance.scale]
@@ -173,4 +188,8 @@ def describe_guidance(
     if others.seg_scale:
         blur = f"σ = {others.seg_sigma:g} at {others.seg_blocks}"
         lines.append(f"smoothed energy guidance: s = {others.seg_scale:g}, {blur}, {at}")
+    on, transforms = _on(methods)
+    lines += [f"{method.said}, {at}" for method in on]
+    if transforms.said:
+        lines.append(f"the differences of {transforms.transformed or 'all'} go through {transforms.said}")
     return "\n".join(lines)

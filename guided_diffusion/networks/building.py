@@ -13,8 +13,8 @@ from torch import nn
 
 from ..settings.model import MOST_WIDTH, NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
 from ..settings.options import numbers
-from ..storage.checkpoints import load_into
-from .inspection import CHANNEL_MULTS, wrong_flags
+from ..storage.checkpoints import load_into, load_state_dict
+from .inspection import CHANNEL_MULTS, inspect, wrong_flags
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 log = logging.getLogger(__name__)
@@ -155,6 +155,36 @@ def fill(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool
     """Fill a network (built on the meta device) from `path`; a ValueError names the flags that do not fit the file."""
     explain = partial(wrong_flags, network=config, image_size=network.image_size, learn_sigma=learn_sigma)
     load_into(network, path, device, explain)
+
+
+SIZES = (
+    "num_channels",
+    "num_res_blocks",
+    "channel_mult",
+    "attention_resolutions",
+    "use_scale_shift_norm",
+    "resblock_updown",
+)
+"""The flags in which networks of the same kind differ, and which a checkpoint's shapes tell."""
+
+
+def load_like(path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> UNetModel:
+    """A network of the kind that a configuration describes, of the size that its file's shapes tell, filled from it.
+
+    What shapes do not tell is as the configuration says; a ValueError where the file is of another kind.
+    """
+    try:
+        told = inspect({name: tensor.shape for name, tensor in load_state_dict(path).items()}, config.image_size).flags
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    sizes = {
+        name: told[name] or "0" if name == "attention_resolutions" else told[name] for name in SIZES if name in told
+    }
+    config = replace(config, **sizes)
+    with unfilled():
+        network = build_network(config, learn_sigma)
+    fill(network, path, config, learn_sigma, device)
+    return network
 
 
 def make_ready(network: UNetModel | EncoderUNetModel, use_fp16: bool, compiled: bool = False) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
+from ..settings.methods import METHODS
 from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults
 from ..settings.runs import SamplingConfig
@@ -31,6 +32,7 @@ OF_THE_RUN = {
 INPUT_FILES = (
     "model_path",
     "classifier_path",
+    "weak_model_path",
     "base_samples",
     "init_image",
     "sag_mask",
@@ -50,7 +52,7 @@ IN_MODELS = (".json", ".txt", ".safetensors")
 """The files of a model's folder that count."""
 
 
-LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig)
+LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, *METHODS, ClassifierConfig)
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
 
 

@@ -101,6 +101,11 @@ def make_shard(pipeline: Pipeline, indices: Sequence[int], batch_size: int, obse
     return Shard(np.concatenate(images), np.concatenate(labels) if labels else None, evaluations)
 
 
+def called(network: nn.Module, conditional: bool) -> Callable[..., Tensor]:
+    """A network as it is called with a condition, which it may not take."""
+    return network if conditional else lambda x, t, **_condition: network(x, t)
+
+
 @dataclass(frozen=True, eq=False)
 class ImagePipeline:
     """Everything that makes sample i, but i itself.
@@ -150,8 +155,7 @@ class ImagePipeline:
     @property
     def denoiser(self) -> Denoiser:
         """The network as a denoiser, without any guidance."""
-        network = self.network if self.conditional else lambda x, t, **_condition: self.network(x, t)
-        return self.diffusion.denoiser(network, self.config.clip_denoised)
+        return self.diffusion.denoiser(called(self.network, self.conditional), self.config.clip_denoised)
 
     def condition(self, indices: Sequence[int]) -> Condition:
         """What samples are made of, on the device."""
@@ -214,6 +218,7 @@ class ImagePipeline:
     def on(self, device: torch.device | str) -> Iterator["ImagePipeline"]:
         """This pipeline on a device, where its networks are for as long as the `with` lasts."""
         networks = [part for part in (self.network, self.cond_fn) if isinstance(part, nn.Module)]
+        networks += [network for guidance in self.guidances for network in guidance.networks()]
         try:
             for network in networks:
                 network.to(device)

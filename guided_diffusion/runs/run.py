@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..diffusion.samplers import State
-from ..guidance.base import GuidedDenoiser
+from ..guidance.base import GuidedDenoiser, weak_evaluations
 from ..settings.options import exit_on_bad_input
 from ..storage import pictures
 from ..storage.files import join, write_atomically
@@ -106,6 +106,8 @@ def run(
             about["network_evaluations_per_sample"] = sum(each.evaluations * each.samples for each in made) / sum(
                 each.samples for each in made
             )
+            if weak := weak_evaluations(pipeline.guidances, pipeline.num_steps):
+                about["weak_network_evaluations_per_sample"] = weak
             about["made_by"] = distinct((each.samples, each.by) for each in made)
             about |= {"file": os.path.basename(store.samples_path), "samples_made_now": missing, "settings": settings}
             about["seconds"] = round(time.perf_counter() - started, 3)

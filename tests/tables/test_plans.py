@@ -13,6 +13,7 @@ from evaluations.emoji import emoji_features
 from guided_diffusion.diffusion.diffusion import build_diffusion
 from guided_diffusion.guidance.base import evaluations
 from guided_diffusion.guidance.building import guidances_of
+from guided_diffusion.guidance.methods import Guided
 from guided_diffusion.networks.building import build_classifier, build_network
 from guided_diffusion.runs.prepare import Configs
 from guided_diffusion.settings.options import parse_args
@@ -53,7 +54,8 @@ def network_of(config, learn_sigma):
 
 def guidances(settings):
     network = network_of(settings.network, settings.diffusion.learn_sigma)
-    return guidances_of(settings.sag, settings.others, network, settings.network, settings.sampling.labels)
+    guided = Guided(network, settings.network, settings.sampling.labels)
+    return guidances_of(settings.sag, settings.others, settings.methods, guided)
 
 
 def classifier_scale(settings):
