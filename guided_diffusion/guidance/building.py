@@ -17,7 +17,7 @@ from .base import Guidance, Interval
 from .classifier_free import ClassifierFreeGuidance, null_class
 from .masked_blur import MaskedBlur, MaskGuidance
 from .masks import CentredSquare, GivenMaps, HighFrequency, Masking, RandomCells, everywhere
-from .methods import Guided, build_method, with_transforms
+from .methods.building import Guided, build_method, with_transforms
 from .perturbed_attention import PerturbedAttentionGuidance
 from .self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from .smoothed_energy import SmoothedEnergyGuidance

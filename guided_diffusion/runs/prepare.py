@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..diffusion.diffusion import Diffusion, build_diffusion, check_first_step
 from ..guidance.building import describe_guidance, guidances_of
 from ..guidance.classifier import ClassifierGradient
-from ..guidance.methods import Guided, WeakNetwork
+from ..guidance.methods.building import Guided, WeakNetwork
 from ..networks.building import (
     build_classifier,
     build_network,

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from guided_diffusion.diffusion.noise import OTHER_CLASS, TIME_STEP, TOKENS, Samples
-from guided_diffusion.guidance.autoguidance import Autoguidance
 from guided_diffusion.guidance.base import GuidedDenoiser, Interval, evaluations, weak_evaluations
-from guided_diffusion.guidance.independent_condition import IndependentConditionGuidance
-from guided_diffusion.guidance.methods import layers_that_keep_shape
-from guided_diffusion.guidance.momentum import MomentumGuidance
-from guided_diffusion.guidance.skipped_layers import SkippedLayersGuidance
-from guided_diffusion.guidance.time_step import TimeStepGuidance
-from guided_diffusion.guidance.token_perturbation import TokenPerturbationGuidance
+from guided_diffusion.guidance.methods.autoguidance import Autoguidance
+from guided_diffusion.guidance.methods.building import layers_that_keep_shape
+from guided_diffusion.guidance.methods.independent_condition import IndependentConditionGuidance
+from guided_diffusion.guidance.methods.momentum import MomentumGuidance
+from guided_diffusion.guidance.methods.skipped_layers import SkippedLayersGuidance
+from guided_diffusion.guidance.methods.time_step import TimeStepGuidance
+from guided_diffusion.guidance.methods.token_perturbation import TokenPerturbationGuidance
 from guided_diffusion.networks.altering import altered
 from guided_diffusion.networks.attention import find_block
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion

@@ -8,7 +8,7 @@ import torch
 from guided_diffusion.diffusion.denoiser import Prediction
 from guided_diffusion.diffusion.process import ForwardProcess, NoiseLevels, get_named_beta_schedule
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser, evaluations
-from guided_diffusion.guidance.transforms import FrequencyScale, ProjectedGuidance, low_frequencies, optimised
+from guided_diffusion.guidance.methods.transforms import FrequencyScale, ProjectedGuidance, low_frequencies, optimised
 
 PROCESS = ForwardProcess(get_named_beta_schedule("cosine", 10))
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))

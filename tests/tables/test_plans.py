@@ -13,7 +13,7 @@ from evaluations.emoji import emoji_features
 from guided_diffusion.diffusion.diffusion import build_diffusion
 from guided_diffusion.guidance.base import evaluations
 from guided_diffusion.guidance.building import guidances_of
-from guided_diffusion.guidance.methods import Guided
+from guided_diffusion.guidance.methods.building import Guided
 from guided_diffusion.networks.building import build_classifier, build_network
 from guided_diffusion.runs.prepare import Configs
 from guided_diffusion.settings.options import parse_args

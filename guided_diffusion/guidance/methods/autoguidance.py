@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import Denoiser
-from .base import Guidance, Step
+from ...diffusion.denoiser import Denoiser
+from ..base import Guidance, Step
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Guidance, Step
+from ..base import Guidance, Step
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Guidance, Step
+from ..base import Guidance, Step
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..diffusion.noise import OTHER_CLASS
-from .base import Guidance, Step
+from ...diffusion.noise import OTHER_CLASS
+from ..base import Guidance, Step
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

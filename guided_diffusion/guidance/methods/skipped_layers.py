@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.noise import BLOCKS
-from ..networks.altering import altered
-from .base import Guidance, Step
+from ...diffusion.noise import BLOCKS
+from ...networks.altering import altered
+from ..base import Guidance, Step
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..diffusion.noise import TIME_STEP
-from ..networks.altering import altered
-from .base import Guidance, Step
+from ...diffusion.noise import TIME_STEP
+from ...networks.altering import altered
+from ..base import Guidance, Step
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

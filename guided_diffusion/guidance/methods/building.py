@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..diffusion.denoiser import Denoiser
-from ..networks.attention import attention_blocks, find_block
-from ..networks.unet import ResBlock, UNetModel
-from ..settings.methods import (
+from ...diffusion.denoiser import Denoiser
+from ...networks.attention import attention_blocks, find_block
+from ...networks.unet import ResBlock, UNetModel
+from ...settings.methods import (
     AutoguidanceConfig,
     IndependentConditionConfig,
     Method,
@@ -19,16 +19,16 @@ from ..settings.methods import (
     TokenPerturbationConfig,
     TransformConfig,
 )
-from ..settings.model import NetworkConfig
+from ...settings.model import NetworkConfig
+from ..base import Guidance, Transform
+from ..classifier_free import ClassifierFreeGuidance
+from ..masked_blur import MaskedBlur
+from ..perturbed_attention import PerturbedAttentionGuidance
+from ..smoothed_energy import SmoothedEnergyGuidance
 from .autoguidance import Autoguidance
-from .base import Guidance, Transform
-from .classifier_free import ClassifierFreeGuidance
 from .independent_condition import IndependentConditionGuidance
-from .masked_blur import MaskedBlur
 from .momentum import MomentumGuidance
-from .perturbed_attention import PerturbedAttentionGuidance
 from .skipped_layers import SkippedLayersGuidance
-from .smoothed_energy import SmoothedEnergyGuidance
 from .time_step import TimeStepGuidance
 from .token_perturbation import TokenPerturbationGuidance
 from .transforms import FrequencyScale, ProjectedGuidance, optimised
