@@ -130,7 +130,6 @@ def test_rows_of_perturbed_attention_are_its_authors_settings():
         assert len([guidance for guidance in built if guidance.scale]) == ("pag" in row.name)
         assert evaluations(built, steps) == (2 * steps if "pag" in row.name else steps)
         found[row.name] = (settings.network.class_cond, settings.sampling.sampler_name, steps, row.published.get("fid"))
-        assert row.same_as is None
     assert found == {
         "uncond_ddpm_none": (False, "ddpm", 250, 26.21),
         "uncond_ddpm_pag": (False, "ddpm", 250, 16.23),
@@ -156,7 +155,8 @@ def test_rows_that_say_unguided_are_unguided():
 def test_what_varies_is_the_x_of_a_curve(plan, row):
     field = {"sigma": "blur_sigma", "psi": "sag_threshold"}.get(row.group, "scale")
     if row.x is not None:
-        assert row.x == getattr(settings_of(row).sag, field)
+        settings = settings_of(row)
+        assert row.x == (settings.others.pag_scale if plan == "pag" else getattr(settings.sag, field))
     assert row.group in PLANS[plan].groups
 
 
@@ -276,7 +276,7 @@ def test_a_wrong_plan_is_refused_in_one_sentence(tmp_path, plan, said):
 
 def test_a_plan_that_is_not_there_is_answered_with_those_that_are():
     with pytest.raises(
-        ValueError, match=r"table12\.yaml: no such plan; there are baselines, demo, scales, solvers, table1, "
+        ValueError, match=r"table12\.yaml: no such plan; there are baselines, demo, pag, scales, solvers, table1, "
     ):
         read_plan("table12")
 
