@@ -124,7 +124,7 @@ def guidances(weak: ExactDenoiser) -> Mapping[str, Sequence[Guidance]]:
         "autoguidance, s = 1": (by_weak(1),),
         "autoguidance, s = 3": (by_weak(3),),
         "autoguidance, s = 3, APG": (by_weak(3, ProjectedGuidance(momentum=-0.5)),),
-        "momentum, s = 0.5, β = 0.6": (MomentumGuidance(scale=0.5),),
+        "momentum, s = 0.5": (MomentumGuidance(scale=0.5),),
         "SG-prev, s = 0.5": (MomentumGuidance(scale=0.5, decay=0),),
         "classifier-free, s = 1": (by_class(1),),
         "classifier-free, s = 3": (by_class(3),),

@@ -51,6 +51,7 @@ class Guidance(ABC):
 
     scale: the paper's s, 0 = off. every: Δ is computed at guided steps 0, every, 2·every, … and used again between.
     transforms: what Δ goes through, in this order, before it is scaled and added.
+    channels: how many channels of ε it acts on, the first ones; None: all.
     """
 
     uses_base: ClassVar[bool] = True
@@ -65,6 +66,7 @@ class Guidance(ABC):
     scale: float
     interval: Interval = field(default_factory=Interval)
     every: int = 1
+    channels: int | None = None
     transforms: Sequence[Transform] = ()
 
     def __post_init__(self):
@@ -72,6 +74,8 @@ class Guidance(ABC):
             raise ValueError(f"guidance scale: wanted a finite number, got {self.scale}")
         if self.every < 1:
             raise ValueError(f"guide_every: wanted 1 or more, got {self.every}")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance channels: wanted 1 or more, got {self.channels}")
 
     def record(self) -> AbstractContextManager[Mapping[Attends, Tensor]]:
         """The recorder to hold open during the shared pass; what it yields comes back as `step.recorded[self]`."""
@@ -99,6 +103,13 @@ class Guidance(ABC):
     def x0_difference(self, step: "Step") -> Tensor | float:  # noqa: ARG002
         """Δ in x̂_0, where the step has ᾱ = 0 and ε says nothing of x̂_0; 0 if the technique knows none."""
         return 0.0
+
+    def acting(self, difference: Tensor | float) -> Tensor | float:
+        """A difference [N, C, …] where this guidance acts: kept on its channels, 0 on the others."""
+        if self.channels is None or not isinstance(difference, Tensor):
+            return difference
+        kept, others = difference[:, : self.channels], difference[:, self.channels :]
+        return torch.cat([kept, torch.zeros_like(others)], dim=1)
 
 
 @dataclass(eq=False)
@@ -286,12 +297,12 @@ class GuidedDenoiser:
         eps, x0 = step.conditional.eps, step.conditional.raw_x0
         for guidance, inside in due.inside.items():
             if guidance in due.computed:
-                self._differences[guidance] = guidance.transformed(step)
+                self._differences[guidance] = guidance.acting(guidance.transformed(step))
             weight = guidance.scale
             if not all(inside):
                 weight = weight * torch.tensor(inside, device=x_t.device).reshape(-1, *[1] * (x_t.ndim - 1))
             eps = eps + weight * self._differences[guidance]
-            x0 = x0 + weight * guidance.x0_difference(step)
+            x0 = x0 + weight * guidance.acting(guidance.x0_difference(step))
         self.evaluations += step.evaluations
         self.weak_evaluations += step.weak_evaluations
         return step.conditional.with_eps(eps, otherwise=x0) if due.inside else step.conditional

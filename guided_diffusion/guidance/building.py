@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from ..networks.attention import Replaceable, find_block
-from ..networks.building import lost_attention
-from ..networks.unet import UNetModel
+from ..networks.building import Denoising, lost_attention
+from ..networks.dit import DiT
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.methods import Method, TransformConfig
 from ..settings.options import numbers
@@ -65,7 +65,14 @@ def _when(config: GuidanceConfig) -> dict[str, Any]:
     return {"interval": interval_of(config.guide_interval, config.guide_start), "every": config.guide_every}
 
 
-def _sag_block(network: UNetModel, config: GuidanceConfig) -> Replaceable:
+def _channels(network: Denoising, flag: str, channels: int | None) -> int | None:
+    """The channels that a guidance acts on; a ValueError where the network's input has fewer."""
+    if channels is not None and not 1 <= channels <= network.in_channels:
+        raise ValueError(f"{flag}: wanted 1 to {network.in_channels}, the network's channels, got {channels}")
+    return channels
+
+
+def _sag_block(network: Denoising, config: GuidanceConfig) -> Replaceable:
     """The block whose attention makes the mask; a ValueError names the flag, the right ones, and what is at fault."""
     try:
         return find_block(network, config.block_name)
@@ -79,13 +86,16 @@ def _sag_block(network: UNetModel, config: GuidanceConfig) -> Replaceable:
         raise ValueError(f"{flag}: {'; '.join(filter(None, said))}") from None
 
 
-def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
+def build_guidance(network: Denoising, config: GuidanceConfig) -> MaskedBlur:
     """Self-attention guidance of a configuration for a network, or the same with another mask."""
     reference = config.fidelity == "reference"
+    if reference and isinstance(network, DiT):
+        raise ValueError("fidelity: reference is the authors' code, which knows UNets only; a DiT has corrected")
     common = {
         "scale": config.scale,
         "blur_sigma": config.blur_sigma,
         "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
+        "channels": _channels(network, "sag_channels", config.sag_channels),
         **_when(config),
     }
     if config.sag_mask_share != GuidanceConfig.sag_mask_share and config.sag_mask in ("self-attention", "global"):
@@ -103,7 +113,7 @@ def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
 
 
 def build_other_guidances(
-    network: UNetModel, config: OtherGuidanceConfig, when: GuidanceConfig, null_label: int | None
+    network: Denoising, config: OtherGuidanceConfig, when: GuidanceConfig, null_label: int | None
 ) -> list[Guidance]:
     """The guidances of a configuration beside self-attention guidance, but those with scale 0.
 
@@ -114,7 +124,9 @@ def build_other_guidances(
     if config.cfg_scale:
         if null_label is None:
             raise ValueError("cfg_scale: needs a network with classes and a null label (class_cond, null_label)")
-        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null_class(null_label), **common))
+        channels = _channels(network, "cfg_channels", config.cfg_channels)
+        null = null_class(null_label)
+        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null, channels=channels, **common))
     if config.pag_scale:
         blocks = _blocks(network, "pag_blocks", config.pag_blocks)
         guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, **common))
@@ -126,14 +138,14 @@ def build_other_guidances(
     return guidances
 
 
-def _blocks(network: UNetModel, key: str, names: str) -> tuple[Replaceable, ...]:
+def _blocks(network: Denoising, key: str, names: str) -> tuple[Replaceable, ...]:
     try:
         return tuple(find_block(network, name.strip()) for name in names.split(","))
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _on(methods: Sequence[Method | TransformConfig]) -> tuple[list[Method], TransformConfig]:
+def _acting(methods: Sequence[Method | TransformConfig]) -> tuple[list[Method], TransformConfig]:
     """The guidances among these groups that have a strength, and the transforms, which are off where they are not."""
     transforms = [group for group in methods if isinstance(group, TransformConfig)] or [TransformConfig()]
     return [group for group in methods if not isinstance(group, TransformConfig) and group.scale], transforms[0]
@@ -156,7 +168,7 @@ def guidances_of(
     )
     if config != off:
         guidances = [build_guidance(network, config), *guidances]
-    on, transforms = _on(methods)
+    on, transforms = _acting(methods)
     guidances += [build_method(method, guided, _when(config)) for method in on]
     return with_transforms(guidances, transforms)
 
@@ -180,16 +192,22 @@ def describe_guidance(
         if config.sag_mask != "self-attention":
             share = "" if config.sag_mask == "global" else f" ({config.sag_mask_share:g})"
             mask = f"{config.sag_mask} mask{share}, σ = {config.blur_sigma:g}"
-        lines.append(f"self-attention guidance: s = {config.scale:g}, {mask}, {at}, {config.fidelity}")
+        where = _on(config.sag_channels)
+        lines.append(f"self-attention guidance: s = {config.scale:g}{where}, {mask}, {at}, {config.fidelity}")
     if others.cfg_scale:
-        lines.append(f"classifier-free guidance: s_c = {others.cfg_scale:g}, {at}")
+        lines.append(f"classifier-free guidance: s_c = {others.cfg_scale:g}{_on(others.cfg_channels)}, {at}")
     if others.pag_scale:
         lines.append(f"perturbed-attention guidance: s = {others.pag_scale:g} at {others.pag_blocks}, {at}")
     if others.seg_scale:
         blur = f"σ = {others.seg_sigma:g} at {others.seg_blocks}"
         lines.append(f"smoothed energy guidance: s = {others.seg_scale:g}, {blur}, {at}")
-    on, transforms = _on(methods)
+    on, transforms = _acting(methods)
     lines += [f"{method.said}, {at}" for method in on]
     if transforms.said:
         lines.append(f"the differences of {transforms.transformed or 'all'} go through {transforms.said}")
     return "\n".join(lines)
+
+
+def _on(channels: int | None) -> str:
+    """For people: which channels a guidance acts on, where not on all."""
+    return "" if channels is None else f" on the first {channels} channel{'s' * (channels > 1)}"

@@ -8,7 +8,9 @@ from torch import nn
 
 from ...diffusion.denoiser import Denoiser
 from ...networks.attention import attention_blocks, find_block
-from ...networks.unet import ResBlock, UNetModel
+from ...networks.building import Denoising
+from ...networks.dit import DiT
+from ...networks.unet import ResBlock
 from ...settings.methods import (
     AutoguidanceConfig,
     IndependentConditionConfig,
@@ -60,7 +62,7 @@ class WeakNetwork:
 class Guided:
     """What is guided: a network, its settings, the flag --labels, and a weak network of the kind, if there is one."""
 
-    network: UNetModel
+    network: Denoising
     about: NetworkConfig
     labels: str
     weak: WeakNetwork | None = None
@@ -107,9 +109,8 @@ def build_method(config: Method, guided: Guided, when: Mapping[str, Any]) -> Gui
                 raise ValueError("icg_scale: with labels none there is no class; give --labels random or classes")
             return IndependentConditionGuidance(num_classes=guided.about.num_classes, **common)
         case TimeStepConfig():
-            return TimeStepGuidance(
-                embedder=network.time_embed, noise=config.tsg_noise, power=config.tsg_power, **common
-            )
+            embedder = network.t_embedder["mlp"] if isinstance(network, DiT) else network.time_embed
+            return TimeStepGuidance(embedder=embedder, noise=config.tsg_noise, power=config.tsg_power, **common)
         case TokenPerturbationConfig():
             return TokenPerturbationGuidance(blocks=_blocks("tpg_blocks", config.tpg_blocks, network), **common)
         case SkippedLayersConfig():
