@@ -28,14 +28,18 @@ COLOURS = np.array([[200, 30, 60], [20, 110, 200], [230, 140, 0], [20, 150, 70]]
 PANELS_A_ROW = 4
 
 
-def panel(points: Tensor, y: Tensor, truth: Mixture) -> np.ndarray:
-    """Points in the colours of their classes over the density in grey, [SIDE, SIDE, 3] uint8."""
+def ground(truth: Mixture) -> np.ndarray:
+    """A density in grey, [SIDE, SIDE, 3] uint8."""
     line = torch.linspace(-REACH, REACH, SIDE)
     places = torch.stack(torch.meshgrid(line, line.flip(0), indexing="xy"), dim=-1).reshape(-1, 2)
-    of_any = torch.full((len(places),), CLASSES)
-    density = truth.log_density(places, of_any).exp().reshape(SIDE, SIDE)
+    density = truth.log_density(places, torch.full((len(places),), CLASSES)).exp().reshape(SIDE, SIDE)
     grey = 255 - 110 * (density / density.quantile(0.995)).clamp(max=1).sqrt()
-    picture = grey[:, :, None].expand(-1, -1, 3).round().numpy().astype(np.uint8).copy()
+    return grey[:, :, None].expand(-1, -1, 3).round().numpy().astype(np.uint8)
+
+
+def panel(points: Tensor, y: Tensor, behind: np.ndarray) -> np.ndarray:
+    """Points in the colours of their classes over a ground, [SIDE, SIDE, 3] uint8."""
+    picture = behind.copy()
     across, down = ((points * torch.tensor([1.0, -1.0]) + REACH) / (2 * REACH) * SIDE).long().unbind(1)
     inside = (across >= 0) & (across < SIDE) & (down >= 0) & (down < SIDE)
     picture[down[inside], across[inside]] = COLOURS[y[inside]]
@@ -51,7 +55,7 @@ def figure(panels: list[tuple[str, np.ndarray]]) -> np.ndarray:
     )
 
 
-def line(name: str, passes: str, found: Difference) -> str:
+def _line(name: str, passes: str, found: Difference) -> str:
     """A line of the table for people."""
     return f"{name:<30} {passes:>9} {found.outside:>9.1%} {found.moved:>7.1%} {1000 * found.distance:>10.1f}"
 
@@ -84,16 +88,17 @@ def main() -> None:
     y = torch.arange(args.points) % CLASSES
     drawn, again = (truth.draw(y, torch.Generator().manual_seed(2 * args.seed + i)) for i in range(2))
     found = {"the density itself": compare(again, y, truth, drawn)}
-    panels = [("the density itself", panel(again, y, truth))]
+    behind = ground(truth)
+    panels = [("the density itself", panel(again, y, behind))]
     print(f"{'guidance':<30} {'passes':>9} {'outside':>9} {'moved':>7} {'1000 dist.':>10}")
-    print(line("the density itself", "", found["the density itself"]))
+    print(_line("the density itself", "", found["the density itself"]))
     for name, guided_by in guidances(weak).items():
         points = sampled(model, guided_by, y, args.seed)
         found[name] = compare(points, y, truth, drawn)
-        panels.append((name, panel(points, y, truth)))
+        panels.append((name, panel(points, y, behind)))
         by_weak = weak_evaluations(guided_by, args.steps)
         passes = f"{evaluations(guided_by, args.steps)}" + (f" + {by_weak}" if by_weak else "")
-        print(line(name, passes, found[name]))
+        print(_line(name, passes, found[name]))
     with exit_on_bad_input("--out"):
         if args.out:
             save_png(figure(panels), args.out)
