@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import dits
 from guided_diffusion.diffusion.noise import OTHER_CLASS, TIME_STEP, TOKENS, Samples
 from guided_diffusion.guidance.base import GuidedDenoiser, Interval, evaluations, weak_evaluations
 from guided_diffusion.guidance.methods.autoguidance import Autoguidance
-from guided_diffusion.guidance.methods.building import layers_that_keep_shape
+from guided_diffusion.guidance.methods.building import Guided, build_method, layers_that_keep_shape
 from guided_diffusion.guidance.methods.independent_condition import IndependentConditionGuidance
 from guided_diffusion.guidance.methods.momentum import MomentumGuidance
 from guided_diffusion.guidance.methods.skipped_layers import SkippedLayersGuidance
@@ -18,7 +19,15 @@ from guided_diffusion.guidance.methods.time_step import TimeStepGuidance
 from guided_diffusion.guidance.methods.token_perturbation import TokenPerturbationGuidance
 from guided_diffusion.networks.altering import altered
 from guided_diffusion.networks.attention import find_block
+from guided_diffusion.networks.dit import DiT
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
+from guided_diffusion.settings.methods import (
+    IndependentConditionConfig,
+    SkippedLayersConfig,
+    TimeStepConfig,
+    TokenPerturbationConfig,
+)
+from guided_diffusion.settings.model import NetworkConfig
 from small import SMALL, randomised
 
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -301,3 +310,24 @@ def test_streams_of_purposes_and_places_are_their_own():
     drawn.append(SAMPLES.uniform([5] * 3, 5, 12, 1))
     assert len({array.numpy().tobytes() for array in drawn}) == len(drawn)
     np.testing.assert_array_equal(drawn[4][1:2], Samples(5, [4]).uniform([4], 5, 12))
+
+
+def test_methods_that_alter_layers_act_on_transformers_too():
+    transformer = dits.filled(DiT(8, 2, 4, 32, 3, 2, num_classes=5))
+    about = NetworkConfig(image_size=8, class_cond=True, num_classes=5, null_label=True)
+    guided_by = Guided(transformer, about, "random")
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    given = DIFFUSION.denoiser(transformer)
+    plain = given(x, at(4, 2), {"y": torch.tensor([1, 2])}).eps
+    for config in (
+        TimeStepConfig(tsg_scale=1),
+        TokenPerturbationConfig(tpg_scale=1, tpg_blocks="blocks.0,blocks.2"),
+        SkippedLayersConfig(skip_scale=1, skip_layers="blocks.1,blocks.2", skip_drawn=1),
+        IndependentConditionConfig(icg_scale=1),
+    ):
+        guided = GuidedDenoiser(given, DIFFUSION.process, [build_method(config, guided_by, {})], Samples(5, [0, 1]))
+        found = guided(x, at(4, 2), {"y": torch.tensor([1, 2])}).eps
+        assert found.isfinite().all()
+        assert not torch.allclose(found, plain)
+        assert guided.evaluations == 2
+    assert hooks(transformer) == 0

@@ -16,7 +16,7 @@ from ..base import Guidance, Step
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of each sample, shaped to broadcast over it."""
-    return (a.double() * b.double()).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
+    return (a.float() * b.float()).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
 def _share(a: Tensor, b: Tensor) -> Tensor:
