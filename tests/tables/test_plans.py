@@ -18,6 +18,7 @@ from guided_diffusion.networks.building import build_classifier, build_network, 
 from guided_diffusion.runs.prepare import Configs
 from guided_diffusion.settings.options import parse_args
 from guided_diffusion.settings.shipped import shipped
+from guided_diffusion.tables.forecast import forecast
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published.json").read_text())
@@ -214,6 +215,13 @@ def test_solvers_are_compared_at_the_network_evaluations_that_their_group_names(
             assert row.label.endswith(f", {found}")
         else:
             assert PLANS["solvers"].groups[row.group].endswith(f", {found} evaluations")
+
+
+def test_a_dry_run_counts_the_passes_of_a_weak_network_by_themselves(tmp_path):
+    weak = {"weak_model_path": str(shipped("models", "emoji32_weak.safetensors")), "autoguidance_scale": 1}
+    row = {"name": "one", "label": "first", "set": {**weak, "sag_scale": 0, "pag_scale": 1, "num_samples": 4}}
+    plan = read_plan(written(tmp_path, {"title": "A plan", "config": ["emoji"], "rows": [row]}))
+    assert list(forecast(plan.rows))[-1] == "  4 samples, 100 network evaluations each, and 50 of the weak network"
 
 
 GOOD = {"title": "A plan", "config": ["emoji"], "rows": [{"name": "one", "label": "first", "x": 1, "set": {"seed": 1}}]}
