@@ -153,7 +153,9 @@ class TransformConfig:
         "of which guidances: the beginnings of their scales, like cfg,autoguidance (and sag); empty: of all",
         later=True,
     )
-    cfg_zero: bool = option(False, "CFG-Zero*: Δ = ε − s* ε', s* = ⟨ε, ε'⟩ / ‖ε'‖²", later=True)
+    cfg_zero: bool = option(
+        False, "CFG-Zero*: the output v − s* v', s* = ⟨v, v'⟩ / ‖v'‖², in the place of Δ's v − v'", later=True
+    )
     apg_eta: float = option(1.0, "APG: η, how much of Δ along x̂_0 is kept; the paper's 0; 1 = all", later=True)
     apg_cap: float = option(
         math.inf, "APG: r, the most that Δ in x̂_0 may measure, of a sample; inf = any", later=True, infinite=True

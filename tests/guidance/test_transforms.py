@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from guided_diffusion.diffusion.denoiser import Prediction
+from guided_diffusion.diffusion.denoiser import ModelMeanType, Prediction
 from guided_diffusion.diffusion.process import ForwardProcess, NoiseLevels, get_named_beta_schedule
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser, evaluations
+from guided_diffusion.guidance.methods.momentum import MomentumGuidance
 from guided_diffusion.guidance.methods.transforms import FrequencyScale, ProjectedGuidance, low_frequencies, optimised
 
 PROCESS = ForwardProcess(get_named_beta_schedule("cosine", 10))
@@ -146,3 +147,21 @@ def test_they_are_applied_in_their_order():
 def test_impossible_parameters_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_networks_of_velocities_have_momentum_and_the_optimised_scale_of_velocities():
+    process = NoiseLevels([1.0, 0.6], [0.0, 0.8], torch.arange(2))
+
+    def by_velocity(x_t, t, condition):
+        x0, eps = process.from_velocity(x_t, t, torch.cos(3 * x_t))
+        return Prediction(process, x_t, t, condition, eps, x0, predicts=ModelMeanType.VELOCITY)
+
+    t = torch.ones(2, dtype=torch.int64)
+    guided = GuidedDenoiser(by_velocity, process, [MomentumGuidance(scale=1, decay=0)])
+    guided(X + 1, t, {})
+    moved = guided(X, t, {}).output
+    torch.testing.assert_close(moved, 2 * torch.cos(3 * X) - torch.cos(3 * (X + 1)), atol=1e-5, rtol=1e-4)
+    guided = GuidedDenoiser(by_velocity, process, [Given(scale=1, transforms=(optimised,))])
+    v, weak = torch.cos(3 * X), by_velocity(X, t, {}).with_eps(by_velocity(X, t, {}).eps - 2 * DELTA).output
+    best = (inner(v, weak) / inner(weak, weak)).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(guided(X, t, {}).output, 2 * v - best * weak, atol=1e-5, rtol=1e-4)

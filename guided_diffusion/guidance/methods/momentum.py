@@ -10,11 +10,12 @@ from ..base import Guidance, Step
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MomentumGuidance(Guidance):
-    """Δ = ε_i − m_i, with m_0 = ε_0 and m_{i+1} = β m_i + (1 − β) ε_i; scale is the paper's α (Algorithm 1, Eq. 11–12).
+    """Δ = v_i − m_i as ε, with m_0 = v_0 and m_{i+1} = β m_i + (1 − β) v_i; scale is the paper's α (Eq. 11–12).
 
-    The paper's velocity v is ε here: with x_t = √ᾱ (x_0 + σ ε), the ODE that DDIM follows is d(x_t/√ᾱ)/dσ = ε.
-    decay: β; 0 is the ε of the step before, SG-prev (Li et al. 2024). It sees the conditional ε, without other
-    guidances, of guided steps alone: at the first of them Δ = 0.
+    v is what the network puts out: the velocity of flow models, which the paper is about; ε where that is predicted, as
+    with x_t = √ᾱ (x_0 + σ ε) the path that DDIM follows is d(x_t/√ᾱ)/dσ = ε. decay: β; 0 is the v of the step before,
+    SG-prev (Li et al. 2024). It sees the conditional prediction, without other guidances, of guided steps alone: at the
+    first of them Δ = 0.
     """
 
     uses_base: ClassVar[bool] = False
@@ -28,7 +29,7 @@ class MomentumGuidance(Guidance):
             raise ValueError(f"momentum_decay: wanted 0 to less than 1, got {self.decay}")
 
     def difference(self, step: Step) -> Tensor:
-        eps = step.conditional.eps
-        average = step.memory.get(self, eps)
-        step.memory[self] = self.decay * average + (1 - self.decay) * eps
-        return eps - average
+        given = step.conditional
+        average = step.memory.get(self, given.output)
+        step.memory[self] = self.decay * average + (1 - self.decay) * given.output
+        return given.eps - given.with_output(average).eps

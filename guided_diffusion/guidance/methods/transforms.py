@@ -64,14 +64,14 @@ class ProjectedGuidance:
 
 
 def optimised(difference: Tensor, step: Step, _guidance: Guidance) -> Tensor:
-    """CFG-Zero*'s optimised scale (Fan et al. 2025, arXiv 2503.18886): Δ = ε − s* ε', s* = ⟨ε, ε'⟩ / ‖ε'‖².
+    """CFG-Zero*'s optimised scale (Fan et al. 2025, arXiv 2503.18886): v − s* v', s* = ⟨v, v'⟩ / ‖v'‖², as ε.
 
-    ε' = ε(x_t, c) − Δ is what the guidance leads away from. The paper's velocity is ε here, as in `momentum`; its first
-    steps at velocity 0 are no matter of Δ and left out.
+    v is what the network puts out at (x_t, c), as in `momentum`; v' is the output that ε − Δ stands for, from which the
+    guidance leads away. The paper's first steps at velocity 0 are no matter of Δ and left out.
     """
-    eps = step.conditional.eps
-    weak = eps - difference
-    return eps - _share(eps, weak) * weak
+    given = step.conditional
+    weak = given.with_eps(given.eps - difference).output
+    return given.eps - given.with_output(_share(given.output, weak) * weak).eps
 
 
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
