@@ -1,6 +1,7 @@
 """The settings of guidances that came after self-attention guidance, each a group of its own; 0 is off."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,22 @@ def _check_finite(group: Any, *names: str) -> None:
             raise ValueError(f"{name}: wanted a finite number, got {getattr(group, name)}")
 
 
+class Method(ABC):
+    """The settings of one guidance."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """Its strength, 0 = off."""
+
+    @property
+    @abstractmethod
+    def said(self) -> str:
+        """For people: what it is, and its parameters."""
+
+
 @dataclass(frozen=True)
-class AutoguidanceConfig:
+class AutoguidanceConfig(Method):
     """autoguidance: away from what a weaker network of the same kind predicts"""
 
     autoguidance_scale: float = option(0.0, "strength: the paper's w − 1; needs weak_model_path", later=True)
@@ -42,7 +57,7 @@ class AutoguidanceConfig:
 
 
 @dataclass(frozen=True)
-class IndependentConditionConfig:
+class IndependentConditionConfig(Method):
     """independent condition guidance: another class, drawn at every step, in the place of a null label"""
 
     icg_scale: float = option(0.0, "strength: the paper's w_ICG − 1; needs a network with classes", later=True)
@@ -60,7 +75,7 @@ class IndependentConditionConfig:
 
 
 @dataclass(frozen=True)
-class TimeStepConfig:
+class TimeStepConfig(Method):
     """time-step guidance: noise on the embedding of the timestep"""
 
     tsg_scale: float = option(0.0, "strength: the paper's w_TSG − 1", later=True)
@@ -80,7 +95,7 @@ class TimeStepConfig:
 
 
 @dataclass(frozen=True)
-class TokenPerturbationConfig:
+class TokenPerturbationConfig(Method):
     """token perturbation guidance: shuffled tokens in tpg_blocks"""
 
     tpg_scale: float = option(0.0, "strength s", later=True)
@@ -99,7 +114,7 @@ class TokenPerturbationConfig:
 
 
 @dataclass(frozen=True)
-class SkippedLayersConfig:
+class SkippedLayersConfig(Method):
     """skip-layer and S² guidance: layers left out"""
 
     skip_scale: float = option(0.0, "strength: S²'s ω", later=True)
@@ -126,7 +141,7 @@ class SkippedLayersConfig:
 
 
 @dataclass(frozen=True)
-class MomentumConfig:
+class MomentumConfig(Method):
     """momentum guidance: away from the average of earlier steps, without a network pass"""
 
     momentum_scale: float = option(0.0, "strength: the paper's α", later=True)
@@ -189,15 +204,13 @@ class TransformConfig:
         return ", ".join(parts)
 
 
-Method = (
-    AutoguidanceConfig
-    | IndependentConditionConfig
-    | TimeStepConfig
-    | TokenPerturbationConfig
-    | SkippedLayersConfig
-    | MomentumConfig
+METHODS = (
+    AutoguidanceConfig,
+    IndependentConditionConfig,
+    TimeStepConfig,
+    TokenPerturbationConfig,
+    SkippedLayersConfig,
+    MomentumConfig,
+    TransformConfig,
 )
-"""One of these guidances: its `scale`, and what is `said` of it."""
-
-METHODS = (*Method.__args__, TransformConfig)
 """All groups of this file."""
