@@ -17,7 +17,7 @@ from .base import Guidance, Interval
 from .classifier_free import ClassifierFreeGuidance, null_class
 from .masked_blur import MaskedBlur, MaskGuidance
 from .masks import CentredSquare, GivenMaps, HighFrequency, Masking, RandomCells, everywhere
-from .methods.building import Guided, build_method, with_transforms
+from .methods.building import Guided, blocks_named, build_method, with_transforms
 from .perturbed_attention import PerturbedAttentionGuidance
 from .self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from .smoothed_energy import SmoothedEnergyGuidance
@@ -128,21 +128,14 @@ def build_other_guidances(
         null = null_class(null_label)
         guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null, channels=channels, **common))
     if config.pag_scale:
-        blocks = _blocks(network, "pag_blocks", config.pag_blocks)
+        blocks = blocks_named(network, "pag_blocks", config.pag_blocks)
         guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, **common))
     if config.seg_scale:
-        blocks = _blocks(network, "seg_blocks", config.seg_blocks)
+        blocks = blocks_named(network, "seg_blocks", config.seg_blocks)
         guidances.append(
             SmoothedEnergyGuidance(scale=config.seg_scale, blocks=blocks, sigma=config.seg_sigma, **common)
         )
     return guidances
-
-
-def _blocks(network: Denoising, key: str, names: str) -> tuple[Replaceable, ...]:
-    try:
-        return tuple(find_block(network, name.strip()) for name in names.split(","))
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
 
 
 def _acting(methods: Sequence[Method | TransformConfig]) -> tuple[list[Method], TransformConfig]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...diffusion.denoiser import Denoiser
-from ...networks.attention import attention_blocks, find_block
+from ...networks.attention import Replaceable, attention_blocks, find_block
 from ...networks.building import Denoising
 from ...networks.dit import DiT
 from ...networks.unet import ResBlock
@@ -80,15 +80,17 @@ def layers_that_keep_shape(network: nn.Module) -> dict[str, nn.Module]:
     return attention_blocks(network) | kept
 
 
-def _found(key: str, names: str, network: nn.Module) -> tuple[nn.Module, ...]:
+def _layers_named(network: nn.Module, key: str, names: str) -> tuple[nn.Module, ...]:
     layers = layers_that_keep_shape(network)
-    for name in (name.strip() for name in names.split(",")):
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
         if name not in layers:
             raise ValueError(f"{key}: no layer {name!r} that keeps its shape; there are: {', '.join(layers)}")
-    return tuple(layers[name.strip()] for name in names.split(","))
+    return tuple(layers[name] for name in chosen)
 
 
-def _blocks(key: str, names: str, network: nn.Module) -> tuple[nn.Module, ...]:
+def blocks_named(network: nn.Module, key: str, names: str) -> tuple[Replaceable, ...]:
+    """The attention blocks of these names, like middle_block.1,output_blocks.2.1; a ValueError names the flag `key`."""
     try:
         return tuple(find_block(network, name.strip()) for name in names.split(","))
     except ValueError as error:
@@ -112,9 +114,9 @@ def build_method(config: Method, guided: Guided, when: Mapping[str, Any]) -> Gui
             embedder = network.t_embedder["mlp"] if isinstance(network, DiT) else network.time_embed
             return TimeStepGuidance(embedder=embedder, noise=config.tsg_noise, power=config.tsg_power, **common)
         case TokenPerturbationConfig():
-            return TokenPerturbationGuidance(blocks=_blocks("tpg_blocks", config.tpg_blocks, network), **common)
+            return TokenPerturbationGuidance(blocks=blocks_named(network, "tpg_blocks", config.tpg_blocks), **common)
         case SkippedLayersConfig():
-            layers = _found("skip_layers", config.skip_layers, network)
+            layers = _layers_named(network, "skip_layers", config.skip_layers)
             return SkippedLayersGuidance(layers=layers, drawn=config.skip_drawn, **common)
         case MomentumConfig():
             return MomentumGuidance(decay=config.momentum_decay, **common)
