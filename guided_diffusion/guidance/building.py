@@ -1,11 +1,12 @@
 """From settings to guidances, and what is said of them."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from ..diffusion.process import NoiseLevels
 from ..networks.attention import Replaceable, find_block
 from ..networks.building import lost_attention
 from ..networks.unet import UNetModel
@@ -13,11 +14,12 @@ from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import NetworkConfig
 from ..settings.options import numbers
 from ..storage.files import open_regular, read_arrays
-from .base import Guidance, Interval
+from .base import Guidance
 from .classifier_free import ClassifierFreeGuidance, null_class
 from .masked_blur import MaskedBlur, MaskGuidance
 from .masks import CentredSquare, GivenMaps, HighFrequency, Masking, RandomCells, everywhere
 from .perturbed_attention import PerturbedAttentionGuidance
+from .schedule import Schedule, changed
 from .self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from .smoothed_energy import SmoothedEnergyGuidance
 
@@ -51,17 +53,12 @@ def _masking(config: GuidanceConfig) -> Masking:
     return kinds[config.sag_mask](config.sag_mask_share)
 
 
-def interval_of(guide_interval: str, guide_start: int | None = None) -> Interval:
-    """The guided part of the process that these flags mean."""
+def schedule_of(guide_interval: str, guide_every: int) -> Schedule:
+    """The schedule that the flags of all guidances mean."""
     low_high = numbers("guide_interval", guide_interval, float)
     if len(low_high) != 2:
         raise ValueError(f"guide_interval: wanted lo,hi, got {guide_interval!r}")
-    return Interval(*low_high, start=guide_start)
-
-
-def _when(config: GuidanceConfig) -> dict[str, Any]:
-    """The steps at which all guidances of a configuration act."""
-    return {"interval": interval_of(config.guide_interval, config.guide_start), "every": config.guide_every}
+    return Schedule(*low_high, every=guide_every)
 
 
 def _sag_block(network: UNetModel, config: GuidanceConfig) -> Replaceable:
@@ -85,7 +82,11 @@ def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
         "scale": config.scale,
         "blur_sigma": config.blur_sigma,
         "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
-        **_when(config),
+        "schedule": changed(
+            replace(schedule_of(config.guide_interval, config.guide_every), start=config.guide_start),
+            "sag_schedule",
+            config.sag_schedule,
+        ),
     }
     if config.sag_mask_share != GuidanceConfig.sag_mask_share and config.sag_mask in ("self-attention", "global"):
         raise ValueError(f"sag_mask_share: the mask {config.sag_mask} has no share that could be chosen")
@@ -106,21 +107,25 @@ def build_other_guidances(
 ) -> list[Guidance]:
     """The guidances of a configuration beside self-attention guidance, but those with scale 0.
 
-    when: says at which steps they act. null_label: the network's label for no class, None where it has none.
+    when: has the flags of all guidances. null_label: the network's label for no class, None where it has none.
     """
-    common = _when(when)
+    common = schedule_of(when.guide_interval, when.guide_every)
     guidances: list[Guidance] = []
     if config.cfg_scale:
         if null_label is None:
             raise ValueError("cfg_scale: needs a network with classes and a null label (class_cond, null_label)")
-        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null_class(null_label), **common))
+        null = null_class(null_label)
+        schedule = changed(common, "cfg_schedule", config.cfg_schedule)
+        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null, schedule=schedule))
     if config.pag_scale:
         blocks = _blocks(network, "pag_blocks", config.pag_blocks)
-        guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, **common))
+        schedule = changed(common, "pag_schedule", config.pag_schedule)
+        guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, schedule=schedule))
     if config.seg_scale:
         blocks = _blocks(network, "seg_blocks", config.seg_blocks)
+        schedule = changed(common, "seg_schedule", config.seg_schedule)
         guidances.append(
-            SmoothedEnergyGuidance(scale=config.seg_scale, blocks=blocks, sigma=config.seg_sigma, **common)
+            SmoothedEnergyGuidance(scale=config.seg_scale, blocks=blocks, sigma=config.seg_sigma, schedule=schedule)
         )
     return guidances
 
@@ -151,26 +156,25 @@ def guidances_of(
 
 
 def describe_guidance(
-    config: GuidanceConfig, others: OtherGuidanceConfig, guidances: Sequence[Guidance], num_timesteps: int
+    config: GuidanceConfig, others: OtherGuidanceConfig, guidances: Sequence[Guidance], process: NoiseLevels
 ) -> str:
     """For people: a line for each guidance, and how many steps it acts at."""
     acting = [guidance for guidance in guidances if guidance.scale]
-    if not acting:
-        return "self-attention guidance: off"
-    steps = acting[0].interval.steps(num_timesteps)
-    at = f"{steps} of {num_timesteps} steps" + (f", every {config.guide_every}" if config.guide_every > 1 else "")
-    lines = []
-    if config.scale:
-        mask = f"ψ = {config.sag_threshold:g}, σ = {config.blur_sigma:g} at {config.block_name}"
-        if config.sag_mask != "self-attention":
-            share = "" if config.sag_mask == "global" else f" ({config.sag_mask_share:g})"
-            mask = f"{config.sag_mask} mask{share}, σ = {config.blur_sigma:g}"
-        lines.append(f"self-attention guidance: s = {config.scale:g}, {mask}, {at}, {config.fidelity}")
-    if others.cfg_scale:
-        lines.append(f"classifier-free guidance: s_c = {others.cfg_scale:g}, {at}")
-    if others.pag_scale:
-        lines.append(f"perturbed-attention guidance: s = {others.pag_scale:g} at {others.pag_blocks}, {at}")
-    if others.seg_scale:
-        blur = f"σ = {others.seg_sigma:g} at {others.seg_blocks}"
-        lines.append(f"smoothed energy guidance: s = {others.seg_scale:g}, {blur}, {at}")
-    return "\n".join(lines)
+    lines = [f"{_described(config, others, guidance)}, {guidance.schedule.described(process)}" for guidance in acting]
+    if lines and config.scale:
+        lines[0] += f", {config.fidelity}"
+    return "\n".join(lines) or "self-attention guidance: off"
+
+
+def _described(config: GuidanceConfig, others: OtherGuidanceConfig, guidance: Guidance) -> str:
+    if isinstance(guidance, ClassifierFreeGuidance):
+        return f"classifier-free guidance: s_c = {guidance.scale:g}"
+    if isinstance(guidance, PerturbedAttentionGuidance):
+        return f"perturbed-attention guidance: s = {guidance.scale:g} at {others.pag_blocks}"
+    if isinstance(guidance, SmoothedEnergyGuidance):
+        return f"smoothed energy guidance: s = {guidance.scale:g}, σ = {guidance.sigma:g} at {others.seg_blocks}"
+    mask = f"ψ = {config.sag_threshold:g}, σ = {config.blur_sigma:g} at {config.block_name}"
+    if config.sag_mask != "self-attention":
+        share = "" if config.sag_mask == "global" else f" ({config.sag_mask_share:g})"
+        mask = f"{config.sag_mask} mask{share}, σ = {config.blur_sigma:g}"
+    return f"self-attention guidance: s = {config.scale:g}, {mask}"

@@ -15,6 +15,7 @@ from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults
 from ..settings.runs import SamplingConfig
+from ..settings.stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
 from ..storage.fetch import local_path
 from ..storage.files import join, sha256
 from ..storage.hashes import known_sha256
@@ -50,7 +51,9 @@ IN_MODELS = (".json", ".txt", ".safetensors")
 """The files of a model's folder that count."""
 
 
-LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig)
+LATER = later_defaults(
+    SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig, StableDiffusionConfig, LatentGuidanceConfig
+)
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Pipeline(Protocol):
     another raises it; samples of different versions do not share a folder. dtype: of the network's weights.
     """
 
-    samples_version: ClassVar[int]
+    samples_version: int
 
     config: RunConfig
     device: torch.device
@@ -107,10 +107,9 @@ class ImagePipeline:
 
     side: of the images. condition_of: what sample i is made of. conditional: whether the network takes that condition;
     else only the classifier of `cond_fn` does. init_images: what samples begin with, under the noise of the first
-    step that the diffusion makes (SDEdit, Meng et al. 2022).
+    step that the diffusion makes (SDEdit, Meng et al. 2022). samples_version: 2 where `guide_start` once kept other
+    guidances than self-attention guidance from acting.
     """
-
-    samples_version: ClassVar[int] = 1
 
     config: SamplingConfig
     side: int
@@ -122,6 +121,7 @@ class ImagePipeline:
     cond_fn: Callable[..., Tensor] | None = None
     conditional: bool = True
     init_images: GivenImages | None = None
+    samples_version: int = 1
 
     @property
     def name(self) -> str:

@@ -103,7 +103,7 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
     with unfilled():
         network = build_network(about, configs.diffusion.learn_sigma)
     guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)
-    line = describe_guidance(configs.sag, configs.others, guidances, diffusion.num_timesteps)
+    line = describe_guidance(configs.sag, configs.others, guidances, diffusion.process)
     if images:
         line += f"\nfrom {len(images)} given images: the last {diffusion.num_timesteps} of {steps} steps"
     condition_of, cond_fn = unconditional, None
@@ -132,6 +132,7 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
         cond_fn,
         conditional=about.class_cond,
         init_images=images,
+        samples_version=2 if configs.others.on and configs.sag.guide_start < diffusion.num_timesteps else 1,
     )
     return Prepared(pipeline, configs.resolved(), line)
 

@@ -98,6 +98,7 @@ def run(
                 shard = make_shard(pipeline, store.indices(number), batch_size, watch)
             with exit_on_bad_input("out_dir"):
                 store.write(number, shard, maker)
+            progress.report()  # before others hear that it is done
             signals.stop_if_asked(shard_is_done=True)
         progress.close()
         if job.rank == 0:

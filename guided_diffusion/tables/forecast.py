@@ -62,7 +62,7 @@ def _built(row: Row, device: torch.device) -> ImagePipeline:
 
 
 def _evaluations(pipeline: ImagePipeline) -> int:
-    return evaluations(pipeline.guidances, pipeline.num_steps)
+    return evaluations(pipeline.guidances, pipeline.diffusion.process)
 
 
 def seconds_per_step(pipeline: ImagePipeline) -> tuple[float, float]:

@@ -113,10 +113,10 @@ def test_guidance_of_every_row(plan, row):
     if plan not in OURS:
         assert settings.sag.fidelity == "corrected"
         assert not any(scales[1:])
-        steps = build_diffusion(settings.diffusion).num_timesteps
+        process = build_diffusion(settings.diffusion).process
         for guidance in built:
-            assert guidance.every == 1
-            assert guidance.interval.steps(steps) == steps
+            assert guidance.schedule.every == 1
+            assert set(guidance.schedule.factors(process)) == {1.0}
 
 
 def test_rows_that_say_unguided_are_unguided():
@@ -174,7 +174,7 @@ def test_our_plans_run_the_embedded_model(plan):
 def test_solvers_are_compared_at_the_network_evaluations_that_their_group_names():
     for row in PLANS["solvers"].rows:
         settings = settings_of(row)
-        found = evaluations(guidances(settings), build_diffusion(settings.diffusion).num_timesteps)
+        found = evaluations(guidances(settings), build_diffusion(settings.diffusion).process)
         if row.group == "many":
             assert found == (50 if "unguided" in row.label else 100)
         elif row.group == "unguided":
