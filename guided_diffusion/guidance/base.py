@@ -35,7 +35,7 @@ class Guidance(ABC):
     """Network passes that one difference takes beside the shared ones."""
 
     scale: float
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self):
         if not math.isfinite(self.scale):

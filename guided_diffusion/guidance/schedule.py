@@ -1,5 +1,6 @@
 """When a guidance acts, and how strongly: by t/T, by noise level, and by step."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ PARTS = "t=lo,hi, sigma=lo,hi, every=k, scale=t:factor,…, sigma_scale=σ:facto
 
 def _check_curve(name: str, curve: Curve, least: float) -> None:
     places = [place for place, _ in curve]
-    if any(right <= left for left, right in zip(places, places[1:], strict=False)) or min(places, default=1) < least:
+    if any(right <= left for left, right in itertools.pairwise(places)) or (places and places[0] < least):
         raise ValueError(f"{name}: wanted rising places from {least:g} on, got {', '.join(map(str, places))}")
     if not all(math.isfinite(number) for point in curve for number in point):
         raise ValueError(f"{name}: wanted finite numbers, got {curve}")

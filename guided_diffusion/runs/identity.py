@@ -110,7 +110,8 @@ def device_name(device: torch.device) -> str:
 
 def made_by(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What results are made by here: they are equal to others' only up to rounding where it is not the same."""
-    return {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "versions": versions()}
+    by = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "versions": versions()}
+    return by | ({"tf32": torch.backends.cudnn.allow_tf32} if device.type == "cuda" else {})
 
 
 def distinct(makers: Iterable[tuple[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:

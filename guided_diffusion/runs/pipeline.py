@@ -56,6 +56,17 @@ class Pipeline(Protocol):
         """Images [N, 3, H, W] in [−1, 1] of what the last state holds."""
 
 
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products on a GPU have TF32's short mantissa; as before on leaving."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def first_spoiled(state: State, before: Tensor | None) -> Tensor:
     """The t of the first step after which each sample was not finite, −1 where all is well: [N] int64 on the device.
 
@@ -203,7 +214,7 @@ class ImagePipeline:
         pipeline = replace(self, config=config, guidances=[guidances] if isinstance(guidances, Guidance) else guidances)
         batch_size = config.batch_size or RunConfig.batch_size
         progress = Progress(Job(), "steps", n, 0, self.num_steps, log_json=False)
-        with closing(progress), pipeline.on(device or self.device) as there:
+        with closing(progress), tf32(config.tf32), pipeline.on(device or self.device) as there:
             shards = [
                 make_shard(there, indices, batch_size, lambda batch, *_step: progress.add(len(batch)))
                 for indices in batches(range(n), config.shard_size or batch_size)

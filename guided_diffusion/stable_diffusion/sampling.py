@@ -18,7 +18,7 @@ from ..diffusion.samplers import State
 from ..guidance.base import Guidance, GuidedDenoiser
 from ..guidance.building import schedule_of
 from ..guidance.classifier_free import ClassifierFreeGuidance
-from ..guidance.schedule import Schedule, changed
+from ..guidance.schedule import changed
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..settings.stable_diffusion import MIDDLE, PRESETS, LatentGuidanceConfig, StableDiffusionConfig
 from ..storage import pictures

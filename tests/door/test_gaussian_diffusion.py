@@ -15,8 +15,8 @@ import golden
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion import script_util
 from guided_diffusion.guidance.base import Guidance
-from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.networks.attention import find_block, replace_attention
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 

@@ -8,9 +8,9 @@ import torch
 from guided_diffusion.diffusion.denoiser import Prediction, stacked
 from guided_diffusion.diffusion.process import ForwardProcess, get_named_beta_schedule
 from guided_diffusion.guidance.base import Guidance, GuidedDenoiser, evaluations
-from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks.attention import find_block
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from guided_diffusion.guidance.base import GuidedDenoiser
-from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier import ClassifierGradient
 from guided_diffusion.guidance.masks import attention_mask
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import token_grid
 from guided_diffusion.networks.attention import attention_score, find_block

@@ -23,9 +23,10 @@ from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import SmoothedEnergyGuidance
 from guided_diffusion.networks.attention import find_block
 from guided_diffusion.script_util import create_model_and_diffusion
-from small import SMALL
+from small import SMALL, randomised
 
 META = torch.device("meta")
+TINY = SMALL | {"channel_mult": "1", "attention_resolutions": "16", "timestep_respacing": "3"}
 
 
 class Reading(Guidance):
@@ -75,20 +76,17 @@ GUIDANCES = {
     }.items()
 }  # fmt: skip
 
-NOISY = ("ddpm", "dpm++2m-sde")
-
 
 @pytest.fixture(scope="module")
 def on_meta():
     with META:
-        network, diffusion = create_model_and_diffusion(**SMALL | {"timestep_respacing": "4"}, class_cond=True,
-                                                        num_classes=4, null_label=True)  # fmt: skip
+        network, diffusion = create_model_and_diffusion(**TINY, class_cond=True, num_classes=4, null_label=True)
     network.eval().requires_grad_(False).convert_to(torch.float16)
     return network, diffusion
 
 
 def trajectory(on_meta, guidances, sampler="ddpm", cond_fn=None):
-    """How often something was sent to the device in all steps but the first, which makes what is kept."""
+    """How often a step waits to send something, in all but the first, which makes what is kept."""
     network, diffusion = on_meta
     samples = Samples(0, range(2))
     guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, guidances, samples)
@@ -105,17 +103,15 @@ def trajectory(on_meta, guidances, sampler="ddpm", cond_fn=None):
 
 @pytest.mark.parametrize("name", GUIDANCES)
 def test_no_guided_step_reads_the_device(on_meta, name):
-    """Each step sends its noise and what its mask draws anew, nothing else."""
-    network, _ = on_meta
-    guidances = GUIDANCES[name](find_block(network, "output_blocks.1.1"))
-    assert trajectory(on_meta, guidances) == 2 + 3 * (name == "random")
+    """Nor does it send anything itself but a mask that is drawn anew; noise is sent from its own thread."""
+    guidances = GUIDANCES[name](find_block(on_meta[0], "middle_block.1"))
+    assert trajectory(on_meta, guidances) == 2 * (name == "random")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_reads_the_device(on_meta, sampler):
     guidances = GUIDANCES["SAG"](find_block(on_meta[0], "middle_block.1"))
-    assert trajectory(on_meta, guidances, sampler) == 2 * (sampler in NOISY)
-    assert trajectory(on_meta, guidances, sampler, lambda x, t, y: -x) == 2 * (sampler in NOISY)
+    assert trajectory(on_meta, guidances, sampler, lambda x, t, y: -x) == 0
 
 
 def test_the_doors_loops_do_not_either(on_meta):
@@ -149,20 +145,22 @@ def test_the_host_knows_a_time_until_it_is_changed():
         assert on_host(every_row(2, torch.zeros(1, 1))) == [2]
 
 
-def test_a_step_is_one_static_graph_for_every_t(small):
+def test_a_step_is_one_static_graph_for_every_t():
     """Traced at one t, it says at others what is computed there, to the last bit."""
-    network, diffusion = small
-    sag = SelfAttentionGuidance(scale=0.7, block=find_block(network, "output_blocks.2.1"), blur_sigma=2.0)
+    torch.manual_seed(0)
+    network, diffusion = create_model_and_diffusion(**TINY)
+    randomised(network)
+    sag = SelfAttentionGuidance(scale=0.7, block=find_block(network, "middle_block.1"), blur_sigma=2.0)
 
     def step(x, t, noise):
         guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, [sag])
-        return samplers.ddpm_step(guided(x, known(t, 3), {}), noise)
+        return samplers.ddpm_step(guided(x, known(t, 1), {}), noise)
 
     x, noise = torch.randn(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    t = torch.full((2,), 3)
+    t = torch.full((2,), 1)
     step(x, t, noise)  # fills the tables
     graph = make_fx(step)(x, t, noise)
-    assert len(graph.graph.nodes) > 500
-    for other in (7, 3, 0):
+    assert len(graph.graph.nodes) > 200
+    for other in (2, 1, 0):
         t = torch.full((2,), other)
         assert torch.equal(graph(x * 0.9, t, noise), step(x * 0.9, t, noise))

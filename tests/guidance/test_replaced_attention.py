@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from guided_diffusion.guidance.base import GuidedDenoiser
-from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import SmoothedEnergyGuidance
 from guided_diffusion.networks.attention import (

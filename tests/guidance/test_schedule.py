@@ -8,9 +8,9 @@ import torch
 
 from guided_diffusion.diffusion.process import NoiseLevels
 from guided_diffusion.guidance.base import GuidedDenoiser, evaluations
+from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 from guided_diffusion.guidance.schedule import Schedule, changed
 from guided_diffusion.networks.attention import find_block
-from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 
 SIGMAS = [0.1, 0.3, 1.0, 3.0, math.inf]
 """σ of each step; the last one is noise alone."""

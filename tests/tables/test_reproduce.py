@@ -16,9 +16,9 @@ from evaluations import evaluate
 from guided_diffusion.commands import reproduce
 from guided_diffusion.guidance import base
 from guided_diffusion.guidance.base import GuidedDenoiser
-from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.settings.shipped import shipped
 from guided_diffusion.tables import page, report, results
