@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-from guided_diffusion.runs.identity import identity, settings_hash
-from guided_diffusion.runs.pipeline import ImagePipeline
+from guided_diffusion.runs.identity import identity, made_by, settings_hash
+from guided_diffusion.runs.pipeline import ImagePipeline, tf32
 from guided_diffusion.runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS
 from guided_diffusion.settings.options import merge, parse_args, resolved
 from guided_diffusion.settings.stable_diffusion import StableDiffusionConfig
@@ -82,3 +83,14 @@ def test_samples_of_another_version_are_not_mixed(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     monkeypatch.setattr(ImagePipeline, "samples_version", 2)
     assert "samples_version was None, is 2" in refused(capsys, "image_sample", **flags)
+
+
+def test_whether_floats_are_tf32_is_set_for_a_run_and_part_of_what_made_it_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "GPU")
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    for allowed in (True, False):
+        with tf32(allowed):
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+            assert made_by(torch.device("cuda"), torch.float32)["tf32"] is allowed
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    assert "tf32" not in made_by(torch.device("cpu"), torch.float32)
