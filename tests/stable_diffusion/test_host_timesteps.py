@@ -1,4 +1,7 @@
-"""No step of a scheduler reads the device: its timesteps are on the host. The device is torch's `meta`, without numbers."""
+"""No step of a scheduler reads the device, as its timesteps are on the host.
+
+The device is torch's `meta`, which has no numbers to read.
+"""
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 class Unet:
     dtype = torch.float16
 
-    def __call__(self, x, timesteps, return_dict, scale):
+    def __call__(self, x, timesteps, scale, **_return_dict):
         return (x * scale * timesteps[:, None, None, None].half(),)
 
 
