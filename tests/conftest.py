@@ -7,6 +7,14 @@ from guided_diffusion.script_util import create_model_and_diffusion
 from small import SMALL, randomised
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Neither what the user's cache holds nor what another process puts there counts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=[False, True], ids=["legacy order", "new order"])
 def any_order(request):
     """A small network of either qkv order."""

@@ -205,7 +205,7 @@ def attempt(script: str, words: tuple[str, ...], given: Path, folder: Path) -> T
     if not child:
         _child(script, words, said)
     os.chdir(here)
-    until, status, used = time.monotonic() + 10 * SECONDS, None, None
+    until, status, used = time.monotonic() + 40 * SECONDS, None, None  # on a busy machine
     while status is None and time.monotonic() < until:
         done, found, used = os.wait4(child, os.WNOHANG)
         status = found if done else time.sleep(0.02)

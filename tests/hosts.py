@@ -334,7 +334,7 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
         faulted = time.monotonic()
         gone = {"lost": hosts.names[-1], "lost_at_the_end": hosts.names[-1], "store_lost": hosts.names[0]}
         left = [name for name in hosts.names if name != gone.get(fault.__name__)]
-        worked = time.monotonic()
+        worked = faulted if shards(out) else None  # None: no worker has begun
 
         def ended():
             nonlocal worked
@@ -342,11 +342,11 @@ def run(folder, flags, whole, launch, fault, count=2, seconds=0.15, merging=0, p
                 worked = time.monotonic()
                 return False
             # torchrun waits for minutes for a lost machine, when its own workers have ended.
-            waited = time.monotonic() - worked > (20 if result(out) is None else 4)
+            waited = worked and time.monotonic() - worked > (20 if result(out) is None else 4)
             return waited or all(hosts.ended(name) for name in left)
 
         in_time = until(ended)
-        took = worked - faulted
+        took = (worked or time.monotonic()) - faulted
         time.sleep(1)
         codes = [job.poll() for _, job in hosts.jobs]
         said = hosts.said()

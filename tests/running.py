@@ -1,8 +1,10 @@
-"""Running a script in this process as if from the command line."""
+"""Running a script in this process as if from the command line, or in processes of its own."""
 
+import itertools
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,11 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+LIMIT_S = 300
+"""Seconds after which a process waits for ever: so many that a busy machine does not matter."""
+
+PORTS = itertools.count(20000 + os.getpid() % 100 * 100)
 
 
 def run(script, *arguments, **flags):
@@ -39,12 +46,41 @@ def environment(**more):
     return kept | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | more
 
 
+def started(*words, **variables):
+    """A process of its own, whose output is read by `ended`."""
+    return subprocess.Popen(
+        [*map(str, words)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(**variables),
+    )  # fmt: skip
+
+
+def ended(process):
+    """What a process has written to stdout and stderr when it ends; one that waits for ever is an error."""
+    try:
+        return process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+
+
 def mpiexec(ranks, arguments):
     """Python with arguments under the `mpiexec` of the extra `mpi`."""
     launcher = Path(sys.executable).parent / "mpiexec"
     if not launcher.exists():
         pytest.skip("mpiexec of the extra `mpi` is not installed")
-    return subprocess.Popen(
-        [launcher, "-n", str(ranks), sys.executable, *arguments],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
+    return started(launcher, "-n", ranks, sys.executable, *arguments)
+
+
+def torchrun(ranks, arguments, *flags):
+    """Python with arguments under torchrun. flags: torchrun's own, else --standalone."""
+    flags = flags or ("--standalone",)
+    return started(sys.executable, "-m", "torch.distributed.run", *flags, "--nproc_per_node", ranks, *arguments)
+
+
+def free_port():
+    """A port of this process's own, below those that the system gives out by itself."""
+
+    def is_free(port):
+        with socket.socket() as server:
+            return server.connect_ex(("127.0.0.1", port)) != 0
+
+    return next(filter(is_free, PORTS))

@@ -45,7 +45,7 @@ def loop_of(folder, images=IMAGES, job=None, data=None, sample=None, network=Non
 def step_of(loop):
     """One step of a loop, without the rest of a run."""
     loop.network.train()
-    loop._train_step(*next(loop.batches))
+    loop.train_step(*next(loop.batches))
     loop.step += 1
 
 

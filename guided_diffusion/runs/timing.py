@@ -1,5 +1,6 @@
 """How long things take, and how much memory."""
 
+import itertools
 import resource
 import statistics
 import sys
@@ -44,28 +45,32 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], argument
         pipe.send((seconds(work), peak_bytes()))
 
 
-def in_turns(works: dict[str, tuple], repeats: int) -> dict[str, tuple[float, int]]:
+def in_turns(works: dict[str, tuple | list[tuple]], repeats: int) -> dict[str, tuple[float, int]]:
     """The median time and the peak memory of each (maker, arguments), each in a process of its own, by turns.
 
-    A RuntimeError names what ended early.
+    A list of them works together: its time is that of the slowest, its memory that of all. A RuntimeError names what
+    ended early.
     """
     context = get_context("spawn")
-    pipes, processes, found = {}, [], {name: [] for name in works}
-    for name, (make, *arguments) in works.items():
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True))
-        processes[-1].start()
-        theirs.close()
+    pipes, processes, found = {name: [] for name in works}, [], {name: [] for name in works}
+    for name, parts in works.items():
+        for make, *arguments in parts if isinstance(parts, list) else [parts]:
+            ours, theirs = context.Pipe()
+            pipes[name].append(ours)
+            processes.append(context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True))
+            processes[-1].start()
+            theirs.close()
     for turn in range(repeats + 2):
-        for name, pipe in pipes.items():
+        for name, together in pipes.items():
             try:
-                pipe.send(True)
-                seen = pipe.recv()
+                for pipe in together:
+                    pipe.send(True)
+                times, peaks = zip(*[pipe.recv() for pipe in together], strict=True)
             except (EOFError, OSError):
                 raise RuntimeError(f"{name}: its process ended early; what it said is above") from None
             if turn >= 2:
-                found[name].append(seen)
-    for pipe in pipes.values():
+                found[name].append((max(times), sum(peaks)))
+    for pipe in itertools.chain.from_iterable(pipes.values()):
         pipe.send(False)
     for process in processes:
         process.join()

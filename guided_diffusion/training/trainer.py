@@ -122,7 +122,7 @@ class Trainer(ABC):
             try:
                 while not stopped and (end is None or self.step < end):
                     with memory_said(self.config.batch_size, "a smaller --microbatch"):
-                        stopped = self._train_step(*next(self.batches), signal=came[0] if came else 0)
+                        stopped = self.train_step(*next(self.batches), signal=came[0] if came else 0)
                     self.step += 1
                     if self.is_first:
                         self._follow_up()
@@ -148,7 +148,7 @@ class Trainer(ABC):
         condition = {name: values.to(self.device) for name, values in condition.items()}
         return Rows(x0, condition, *drawn)
 
-    def _train_step(self, images: Tensor, condition: dict[str, Tensor], signal: int = 0) -> int:
+    def train_step(self, images: Tensor, condition: dict[str, Tensor], signal: int = 0) -> int:
         """One step; returns the number of a signal that came to any rank."""
         seed_dropout(self.config.seed, self.step, self.job.rank)
         rows = self.rows(images, condition, self.draws, self.step)

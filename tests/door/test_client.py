@@ -1,7 +1,6 @@
 """A client that does what guided-diffusion's scripts do, alone and on two ranks."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 import client
 import training_client
 from golden import fill
-from running import environment, mpiexec
+from running import ended, mpiexec, started
 
 SCRIPT = str(Path(client.__file__))
 
@@ -34,14 +33,8 @@ def made(folder):
 def run_of(folder, ranks):
     """The folder after the client ran in it."""
     made(folder)
-    if ranks == 2:
-        process = mpiexec(2, [SCRIPT, str(folder)])
-    else:
-        command = [sys.executable, SCRIPT, str(folder)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
-    _, errors = process.communicate(timeout=300)
+    process = mpiexec(2, [SCRIPT, folder]) if ranks == 2 else started(sys.executable, SCRIPT, folder)
+    _, errors = ended(process)
     assert process.returncode == 0, errors
     return folder
 

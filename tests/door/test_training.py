@@ -14,7 +14,7 @@ from guided_diffusion import fp16_util, image_datasets, logger, train_util
 from guided_diffusion.resample import LossAwareSampler, LossSecondMomentResampler, ScheduleSampler
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.training import resume
-from running import mpiexec
+from running import ended, mpiexec
 
 EXACT = {"t", "labels", "images", "drawn"}
 
@@ -29,7 +29,8 @@ def _no_logger(monkeypatch):
 def ours(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logger.Logger, "CURRENT", None)
-        return training_client.cases(tmp_path_factory.mktemp("client")), tmp_path_factory.getbasetemp() / "client0"
+        folder = tmp_path_factory.mktemp("client")
+        return training_client.cases(folder), folder
 
 
 def golden():
@@ -82,8 +83,8 @@ def of_two_ranks(tmp_path_factory):
             np.savez(f"{folder}/{{case}}{{rank}}.npz", **found)
     """)
     )
-    process = mpiexec(2, [str(script)])
-    _, errors = process.communicate(timeout=300)
+    process = mpiexec(2, [script])
+    _, errors = ended(process)
     assert process.returncode == 0, errors
     files = {case: [folder / f"{case}{rank}.npz" for rank in (0, 1)] for case in ("same", "own")}
     return {case: tuple(dict(np.load(path)) for path in paths) for case, paths in files.items()}
@@ -246,8 +247,8 @@ def test_every_rank_learns_from_the_losses_of_all(tmp_path):
         dist.barrier()
     """)
     )
-    process = mpiexec(2, [str(script)])
-    said, errors = process.communicate(timeout=120)
+    process = mpiexec(2, [script])
+    said, errors = ended(process)
     assert process.returncode == 0, errors
     assert said.splitlines() == ["[0, 5, 6] [0.5, 1.5, 1.5]"] * 2
 

@@ -19,7 +19,7 @@ from evaluations.moments import Moments, frechet_distance
 from evaluations.ranks import BadInputError, Ranks
 from evaluations.ranks import run as run_ranks
 from evaluations.sources import open_source
-from running import mpiexec
+from running import ended, mpiexec
 from sample_files import pictures, shard
 
 
@@ -118,7 +118,7 @@ def test_shards_and_ranks_change_nothing(tmp_path, emoji):
     assert other["metrics"] == one["metrics"]
     process = mpiexec(2, [EVALUATOR, *emoji, "--features", "emoji", "--json", str(tmp_path / "mpi.json"),
                           "--cache", str(tmp_path / "other_cache")])  # fmt: skip
-    out, error = process.communicate(timeout=120)
+    out, error = ended(process)
     assert process.returncode == 0, error
     assert out.count("Fréchet distance") == 1
     mpi = json.loads((tmp_path / "mpi.json").read_text())
@@ -128,7 +128,7 @@ def test_shards_and_ranks_change_nothing(tmp_path, emoji):
 
 def test_bad_input_on_several_ranks(tmp_path, emoji):
     process = mpiexec(2, [EVALUATOR, emoji[0], str(tmp_path / "none.npz"), "--features", "emoji"])
-    _, error = process.communicate(timeout=120)
+    _, error = ended(process)
     assert process.returncode == 2
     assert error.count("error: ") == 1
     assert "Traceback" not in error

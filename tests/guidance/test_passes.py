@@ -77,7 +77,7 @@ def test_self_attention_guidance_of_a_guided_denoiser_is_refused(small, inner):
 def test_two_threads_with_one_network_are_each_guided_as_alone(small):
     """Both threads are inside their passes at the same time, one of them with attention replaced."""
     network, diffusion = small
-    meet = threading.Barrier(2, timeout=60)
+    meet = threading.Barrier(2, timeout=300)
 
     def meeting(x, t):
         meet.wait()

@@ -16,7 +16,7 @@ from guided_diffusion.runs.ranks import Job
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
 from guided_diffusion.settings.runs import LikelihoodConfig
 from guided_diffusion.storage.images import ImageFolder
-from running import SCRIPTS, mpiexec, refused, run
+from running import SCRIPTS, ended, mpiexec, refused, run
 from small import SMALL, randomised
 
 COUNT = 5
@@ -84,7 +84,7 @@ def test_it_is_the_bound_of_calc_bpd_loop(flags, expected, capsys):
 def test_ranks_and_batches_do_not_matter(flags, expected, ranks):
     flags |= {"batch_size": 1, "json": True}
     process = mpiexec(ranks, [SCRIPTS / "image_nll.py", *(f"--{key}={value}" for key, value in flags.items())])
-    said, errors = process.communicate(timeout=300)
+    said, errors = ended(process)
     assert process.returncode == 0, errors
     assert_as_expected(flags["out_dir"], expected)
     assert json.loads(said) == result_in(flags["out_dir"])[0]

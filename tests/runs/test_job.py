@@ -19,8 +19,9 @@ def two(patience=1.0):
 
 
 def quickly(monkeypatch):
-    """Looks and signs ten times as often."""
+    """Looks and signs ten times as often or more, each look for no more than it is: a busy machine changes nothing."""
     monkeypatch.setattr(of_jobs, "LOOK_S", 0.1)
+    monkeypatch.setattr(of_jobs, "SIGN_S", 0.1)
     monkeypatch.setattr(of_jobs, "POLL_S", 0.02)
     monkeypatch.setattr(of_jobs, "LEAST_S", 1)
 
@@ -52,6 +53,7 @@ def test_one_that_comes_back_does_the_same_again_and_leaves(monkeypatch):
     assert next(back) == "a"
     assert list(first.turns("key", TODO, nothing)) == ["b", "c", "d", "a"]
     assert list(back) == []
+    first.patience = other.patience = 60
     other.show_life()
     leaving = threading.Thread(target=other.leave_together, args=["end"])
     leaving.start()
@@ -65,21 +67,20 @@ def test_a_rank_that_works_slowly_keeps_what_it_took(monkeypatch):
     first, other = two()
     other.show_life()
     slow = other.turns("key", ["a"], nothing)
-    made = []
+    assert next(slow) == "a"
+    left = []
 
     def work():
-        for thing in slow:
-            for _ in range(10):
-                time.sleep(0.3)
-                other.add("steps")
-            made.append(thing)
+        for _ in range(10):
+            time.sleep(0.3)
+            other.add("steps")
+        left.extend(slow)
 
     working = threading.Thread(target=work)
     working.start()
-    time.sleep(0.2)
     assert list(first.turns("key", ["a"], nothing)) == []
     working.join()
-    assert made == ["a"]
+    assert left == []
 
 
 def test_a_rank_that_is_started_again_has_lost_its_turn(monkeypatch, capsys):
@@ -157,10 +158,12 @@ def test_all_ranks_enter_the_run_whose_rank_0_lives(monkeypatch):
     late = Job(1, 2, store=store)
     with pytest.raises(Lost, match="1"):
         late.join(0.5)
-    joining = Job(1, 2, store=store)
-    waiting = threading.Thread(target=joining.join, args=[5])
+    joining, looked = Job(1, 2, store=store), threading.Event()
+    text_of = joining._text
+    monkeypatch.setattr(joining, "_text", lambda key: (looked.set(), text_of(key))[1])
+    waiting = threading.Thread(target=joining.join, args=[60])
     waiting.start()
-    time.sleep(0.2)
+    looked.wait()
     now = Job(0, 2, store=store)
     now.join(1)
     waiting.join()
@@ -168,7 +171,7 @@ def test_all_ranks_enter_the_run_whose_rank_0_lives(monkeypatch):
     assert joining.share("text") == "new"
     now.show_life()
     later = Job(1, 2, store=store)
-    later.join(5)
+    later.join(60)
     assert later.share("text") == "new"
 
 

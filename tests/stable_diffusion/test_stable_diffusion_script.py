@@ -14,7 +14,7 @@ import latents
 from guided_diffusion.settings.shipped import how_to_install
 from guided_diffusion.settings.stable_diffusion import StableDiffusionConfig
 from guided_diffusion.stable_diffusion.sampling import read_prompts
-from running import SCRIPTS, mpiexec, refused, run
+from running import SCRIPTS, ended, mpiexec, refused, run
 
 MODEL = latents.DATA / "model"
 SCRIPT = "stable_diffusion_sample"
@@ -162,7 +162,7 @@ def test_two_ranks_make_the_same_bytes(flags, tmp_path):
     more = flags | {"compare": 1, "out_dir": tmp_path / "ranks"}
     words = [str(part) for key in more for part in (f"--{key}", more[key])]
     job = mpiexec(2, [str(SCRIPTS / f"{SCRIPT}.py"), *words])
-    _, errors = job.communicate(timeout=120)
+    _, errors = ended(job)
     assert job.returncode == 0, errors
     assert json.loads((tmp_path / "ranks" / "manifest.json").read_text())["ranks"] == 2
     for name in ("samples_3x64x96x3.npz", "comparison.png", "images/000002.png"):

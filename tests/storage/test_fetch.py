@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("SAG_CACHE", str(tmp_path / "cache"))
     server = Server()
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])  # how long `shutdown` may wait
     thread.start()
     yield server
     server.shutdown()

@@ -235,12 +235,12 @@ def test_aliases_of_aliases_are_refused_at_once(tmp_path, levels, merged):
     more = [f"a{i}: &a{i} " + ("{<<: [%s]}" if merged else "[%s]") % ", ".join([f"*a{i - 1}"] * 10)
             for i in range(1, levels)]  # fmt: skip
     text = "\n".join([first, *more, f"image_size: *a{levels - 1}"])
-    started = time.perf_counter()
+    started = time.process_time()
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"x\.yaml: holds more than 10000 keys and values") as error:
         read_settings(str(tmp_path / "x.yaml"))
     assert len(str(error.value)) < 300
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_an_alias_that_is_used_twice_is_read(tmp_path):

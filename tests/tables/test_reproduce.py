@@ -23,7 +23,7 @@ from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.settings.shipped import shipped
 from guided_diffusion.tables import page, report, results
 from guided_diffusion.tables.plans import read_plan
-from running import SCRIPTS, mpiexec, refused, run
+from running import LIMIT_S, SCRIPTS, ended, mpiexec, refused, run
 
 PUBLISHED = {"frechet_distance": 100, "recall": None}
 PLAN = {
@@ -214,7 +214,7 @@ def test_page_in_a_browser(ran, tmp_path):
     process = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom",
          f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/probe.html"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert "CONSOLE" not in process.stderr
     found = json.loads(process.stdout.split("<title>")[1].split("</title>")[0])
@@ -368,7 +368,7 @@ def test_results_are_written_one_after_the_other(ran, tmp_path):
         writer.join(timeout=0.5)
         assert writer.is_alive()
         assert not (tmp_path / "results.json").exists()
-    writer.join(timeout=60)
+    writer.join(LIMIT_S)
     assert rows_of(tmp_path)["off"]["n"] == 5
 
 
@@ -386,7 +386,7 @@ def test_reading_and_listing_plans_needs_no_scipy():
         "import guided_diffusion.commands.reproduce, guided_diffusion.commands.demo\n"
         "assert not {'scipy', 'matplotlib'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPTS.parent, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPTS.parent, timeout=LIMIT_S)
 
 
 def test_texts_are_escaped():
@@ -420,8 +420,8 @@ def test_a_plan_without_reference_measures_cost(tmp_path):
 def test_ranks_share_every_row(ran, tmp_path):
     """Two ranks make the rows one after the other, and the same numbers as one process."""
     script = SCRIPTS / "reproduce.py"
-    process = mpiexec(2, [script, str(ran[1]), "--rows", "off,on", "--out_dir", str(tmp_path / "out")])
-    _, error = process.communicate(timeout=200)
+    process = mpiexec(2, [script, ran[1], "--rows", "off,on", "--out_dir", tmp_path / "out"])
+    _, error = ended(process)
     assert process.returncode == 0, error
     one, two = rows_of(ran[0]), rows_of(tmp_path / "out")
     for name in ("off", "on"):

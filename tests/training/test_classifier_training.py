@@ -89,7 +89,7 @@ def test_the_network_sees_noised_images_with_their_timesteps(tmp_path, noised):
             return network(x, t)
 
     loop.shared_network = Spy()
-    loop._train_step(IMAGES, {"y": LABELS})
+    loop.train_step(IMAGES, {"y": LABELS})
     [(x, t)] = seen
     if noised:
         # What is left when the image is taken out is noise of unit variance, at the told timesteps.

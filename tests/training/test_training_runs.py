@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -20,7 +19,7 @@ from guided_diffusion.settings.model import DiffusionConfig, NetworkConfig
 from guided_diffusion.storage.files import alone_in
 from guided_diffusion.storage.pictures import to_uint8
 from guided_diffusion.training.run import SAMPLES, sample_grid
-from running import SCRIPTS, environment, mpiexec, refused, run
+from running import SCRIPTS, ended, mpiexec, refused, run, started, torchrun
 from trainings import log_of
 
 NETWORK = {
@@ -57,7 +56,7 @@ def test_two_ranks_train_as_one(flags, tmp_path):
     flags |= {"diffusion_steps": 20, "noise_schedule": "cosine", "use_checkpoint": True}
     process = mpiexec(2, command(flags | {"out_dir": tmp_path / "two"}))
     run("image_train", **flags, out_dir=tmp_path / "one")
-    _, errors = process.communicate(timeout=300)
+    _, errors = ended(process)
     assert process.returncode == 0, errors
     one, two = (
         [[float(value or "nan") for value in row.values()] for row in log_of(tmp_path / name)]
@@ -116,13 +115,10 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(tmp_path, launcher):
     text = textwrap.dedent(NOT_A_NUMBER.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / "run")))
     script.write_text(text)
     if launcher == "mpiexec":
-        process = mpiexec(2, [str(script)])
+        process = mpiexec(2, [script])
     else:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-        )  # fmt: skip
-    _, errors = process.communicate(timeout=300)
+        process = torchrun(2, [script])
+    _, errors = ended(process)
     assert process.returncode
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert set(said) == {
@@ -133,12 +129,31 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(tmp_path, launcher):
     assert checkpoint(tmp_path / "run")["step"] == 1
 
 
-def started(flags):
+HELD = """
+    import os, runpy, sys, time
+    from guided_diffusion.training.trainer import Trainer
+    train_step = Trainer._train_step
+    def held(self, *batch, **more):
+        while self.step == 9 and not os.path.exists({go!r}):
+            time.sleep(0.02)
+        return train_step(self, *batch, **more)
+    Trainer._train_step = held
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def go(tmp_path):
+    """The file without which a training that was begun by `begun` makes no tenth step."""
+    return tmp_path / "go"
+
+
+def begun(flags, go):
     """A training of its own process, once it has logged its second step."""
-    process = subprocess.Popen(
-        [sys.executable, *command(flags)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
+    script = go.with_name("held.py")
+    script.write_text(textwrap.dedent(HELD.format(go=str(go))))
+    process = started(sys.executable, script, *command(flags))
     for line in process.stdout:
         if line.startswith("step 2 "):
             return process
@@ -155,12 +170,12 @@ def undisturbed(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.13])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(flags, tmp_path, undisturbed, delay):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(flags, tmp_path, go, undisturbed, delay):
     flags |= {"lr_anneal_steps": 12, "save_interval": 2, "out_dir": tmp_path / "run"}
-    process = started(flags)
+    process = begun(flags, go)
     time.sleep(delay)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate()
     steps = [int(line["step"]) for line in log_of(flags["out_dir"])]
     assert steps[-1] < 12
     saved = checkpoint(flags["out_dir"])["step"] if (flags["out_dir"] / "checkpoint.pt").exists() else 0
@@ -171,11 +186,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(flags, tmp_path, undisturbed
     assert [name for name in os.listdir(flags["out_dir"]) if name.startswith(".")] == [".lock"]
 
 
-def test_sigterm_saves_and_leaves_with_its_status(flags, tmp_path, undisturbed):
+def test_sigterm_saves_and_leaves_with_its_status(flags, tmp_path, go, undisturbed):
     flags |= {"lr_anneal_steps": 12, "save_interval": 1000, "out_dir": tmp_path / "run"}
-    process = started(flags)
+    process = begun(flags, go)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    go.touch()
+    _, errors = ended(process)
     assert process.returncode == 128 + signal.SIGTERM
     step = checkpoint(flags["out_dir"])["step"]
     assert errors == f"stopped at step {step}; the same command goes on from there\n"

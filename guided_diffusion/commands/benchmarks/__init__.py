@@ -1,0 +1,1 @@
+"""The sections of the benchmark, each of which gives rows."""
