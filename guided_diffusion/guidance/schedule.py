@@ -72,10 +72,10 @@ class Schedule:
                 factors *= np.interp(np.log(sigma), np.log(places), values)
         return np.where(acts, factors, 0.0).tolist()
 
-    def described(self, process: NoiseLevels) -> str:
-        """For people: the number of steps, and what else is not as usual."""
+    def described(self, process: NoiseLevels, steps: str = "steps") -> str:
+        """For people: the number of steps, or what they are called, and what else is not as usual."""
         acting = [factor for factor in self.factors(process) if factor]
-        said = f"{len(acting)} of {process.num_timesteps} steps"
+        said = f"{len(acting)} of {process.num_timesteps} {steps}"
         if self.every > 1:
             said += f", every {self.every}"
         if {*acting} - {1.0}:

@@ -18,7 +18,7 @@ from ..diffusion.samplers import State
 from ..guidance.base import Guidance, GuidedDenoiser
 from ..guidance.building import schedule_of
 from ..guidance.classifier_free import ClassifierFreeGuidance
-from ..guidance.schedule import changed
+from ..guidance.schedule import Schedule, changed
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..settings.stable_diffusion import MIDDLE, PRESETS, LatentGuidanceConfig, StableDiffusionConfig
 from ..storage import pictures
@@ -137,6 +137,11 @@ class LatentPipeline:
         return start(self.scheduler, config.steps, made=config.steps_made(config.steps))
 
     @cached_property
+    def by_prompt(self) -> Schedule:
+        """When and how strongly classifier-free guidance acts."""
+        return changed(Schedule(), "cfg_schedule", self.config.cfg_schedule)
+
+    @cached_property
     def levels(self) -> NoiseLevels:
         """Those of the network calls that are made."""
         started = self.started()
@@ -204,14 +209,14 @@ class LatentPipeline:
             parts.append(f"from {len(self.init_images)} given images: {made}")
         by_prompt = f"classifier-free guidance: {config.guidance_scale:g}"
         if config.cfg_schedule:
-            by_prompt += f", {self.by_prompt.described(self.levels)}"
+            by_prompt += f", {self.by_prompt.described(self.levels, 'calls')}"
         parts.append(by_prompt if config.guidance_scale != 1 else "no CFG")
         if not self.guidances:
             parts.append("self-attention guidance: off")
         return "; ".join([*parts, *map(self._describe, self.guidances)])
 
     def _describe(self, guidance: Guidance) -> str:
-        calls = guidance.schedule.described(self.levels)
+        calls = guidance.schedule.described(self.levels, "calls")
         if not isinstance(guidance, SelfAttentionGuidance):
             return f"{type(guidance).__name__}: s = {guidance.scale:g}, {calls}"
         return (
