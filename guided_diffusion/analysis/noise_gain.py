@@ -19,11 +19,14 @@ class NoiseGain:
     At x_t = α x_0 + f σ ε, with f = 1 + excess, a network that takes away what it was told leaves (f − 1) σ/α · ε in
     x̂_0, one that reads the noise from the picture leaves none. c is the share that is left:
     c = ⟨x̂_0(f) − x̂_0(1), ε⟩ / ((f − 1) σ/α ⟨ε, ε⟩). Along an ODE f − 1 then grows like e^{c Δλ}, λ = log(α/σ).
+    A ValueError for a step of noise alone, α = 0.
     """
 
     def __init__(self, denoiser: Denoiser, process: NoiseLevels, steps: Sequence[int], excess: float, seed: int = 0):
         self._denoiser, self._process, self._seed = denoiser, process, seed
         self.steps, self.excess = list(steps), excess
+        if any(process.alphas[step] == 0 for step in self.steps):
+            raise ValueError("noise_levels: the highest one is noise alone, which has no gain; leave it out")
         self.gains = Mean()
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class Subject:
 
 
 def image_subject(configs: Configs, device: torch.device) -> Subject:
-    """A network of pixels. Known images have the condition of the samples of the same numbers."""
+    """A network of images or of their latents. Known images have the condition of the samples of the same numbers."""
     prepared = image_run(configs, device)
     pipeline = prepared.pipeline
     return Subject(
@@ -51,7 +51,7 @@ def image_subject(configs: Configs, device: torch.device) -> Subject:
         attention_blocks(pipeline.network),
         pipeline.denoiser,
         pipeline.diffusion.process,
-        lambda images: images,
+        pipeline.encode,
         pipeline.condition,
         configs.sag.blur_sigma,
         prepared.guidance_line,

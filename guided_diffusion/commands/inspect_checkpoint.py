@@ -38,22 +38,29 @@ def main() -> None:
             raise ValueError(f"{args.file}: {error}") from None
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
     print(f"{checkpoint.kind}, {checkpoint.parameters:,} parameters in {len(state)} tensors of {dtypes}")
-    if said := channels_said(checkpoint.channels):
+    if said := channels_said(checkpoint):
         print(f"{said}; from Python, UNetModel(in_channels=…, out_channels=…) is of any")
     if checkpoint.image_size is None:
         factors = sorted({block.downsampling for block in checkpoint.attention})
         print(f"its attention is on maps of image_size / {', / '.join(map(str, factors))}; --image_size N says more")
-    flags = " ".join(f"--{flag} {value}" for flag, value in checkpoint.flags.items())
     size = checkpoint.image_size
+    flags = " ".join(f"--{flag} {value}" for flag, value in checkpoint.flags.items() if flag != "image_size")
     print(f"flags that its shapes tell: {f'--image_size {size} ' if size else ''}{flags}")
-    if size and not args.image_size:
+    is_transformer = checkpoint.kind == "transformer"
+    if size and not args.image_size and not is_transformer:
         print(f"  image_size {size} is a guess from the widths; --image_size N if it is another")
     labels = checkpoint.flags.get("num_classes", 0)
-    if checkpoint.kind != "classifier" and labels > 1:
+    if checkpoint.kind not in ("classifier", "transformer") and labels > 1:
         print(f"  or --num_classes {labels - 1} --null_label True, if its last label stands for no class")
-    print(f"  {NOT_IN_SHAPES}")
-    print("attention blocks (map sizes for that image; heads for the given --num_heads, --num_head_channels):")
+    if is_transformer:
+        unknown = "?" in checkpoint.flags["network"]
+        print("  the number of heads cannot be told from shapes" + (" (the ? of --network)" if unknown else ""))
+        print("attention blocks (map sizes for that image):")
+    else:
+        print(f"  {NOT_IN_SHAPES}")
+        print("attention blocks (map sizes for that image; heads for the given --num_heads, --num_head_channels):")
     for block in checkpoint.attention:
         side = f"{size // block.downsampling}²" if size else f"image / {block.downsampling}"
         heads = args.num_heads if args.num_head_channels == -1 else block.channels // args.num_head_channels
-        print(f"  {block.name:<20} {side:>6}  {block.channels:>5} channels  {heads:>3} heads")
+        of_heads = "" if is_transformer else f"  {heads:>3} heads"
+        print(f"  {block.name:<20} {side:>6}  {block.channels:>5} channels{of_heads}")

@@ -36,7 +36,7 @@ def main() -> None:
         sampling = counted(sampling, images)
         fill(network, sampling.model_path, network_config, diffusion_config.learn_sigma, device)
         make_ready(network, network_config.use_fp16, sampling.compile)
-        diffusion = build_diffusion(diffusion_config)
+        diffusion = build_diffusion(diffusion_config, sampling.sampler_name).called_by(sampling.sampler_name)
     pipeline = ImagePipeline(sampling, sizes.large_size, network, diffusion, device, base_condition(images))
     settings = resolved(sampling, sizes, network_config, diffusion_config)
     settings = {key: value for key, value in settings.items() if key not in without}

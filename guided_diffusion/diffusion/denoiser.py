@@ -25,7 +25,7 @@ class ModelMeanType(enum.Enum):
     START_X = enum.auto()
     EPSILON = enum.auto()
     VELOCITY = enum.auto()
-    """v of Salimans & Ho (2022)."""
+    """The process's v: that of Salimans & Ho (2022), or that of a `LinearPath`."""
 
 
 class ModelVarType(enum.Enum):

@@ -30,7 +30,9 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
             return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
         return betas_for_alpha_bar(steps, alpha_bar)
-    raise ValueError(f"noise_schedule: {schedule_name!r} is neither linear nor cosine")
+    raise ValueError(
+        f"noise_schedule: {schedule_name!r} is neither linear nor cosine; linear_path is for --sampler euler or heun"
+    )
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> set[int]:
@@ -107,10 +109,10 @@ def kept_timesteps(betas: np.ndarray, respacing: str | Iterable[int]) -> set[int
 class NoiseLevels:
     """q(x_t | x_0) = N(α_t x_0, σ_t² I) at the steps of a sampler, in that sampler's own scale of x.
 
-    alphas, sigmas: [T] each; α² + σ² = 1 in samplers that keep the variance, α = 1 in those that let it grow, α = 0 at
-    a zero terminal SNR. timesteps: [T], what the network is told. Steps are counted as they are left to go: t = T − 1
-    is the first, t = 0 the last. Tables are numpy float64; methods take tensors x [N, ...] and t [N] int64 and return
-    float32 on x's device.
+    alphas, sigmas: [T] each; α² + σ² = 1 in samplers that keep the variance, α = 1 in those that let it grow, α + σ = 1
+    in flow models, α = 0 at a zero terminal SNR. timesteps: [T], what the network is told. Steps are counted as they
+    are left to go: t = T − 1 is the first, t = 0 the last. Tables are numpy float64; methods take tensors x [N, ...]
+    and t [N] int64 and return float32 on x's device.
     """
 
     def __init__(self, alphas: np.ndarray, sigmas: np.ndarray, timesteps: Tensor | np.ndarray):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Condition, Denoiser, Prediction
-from .process import ForwardProcess
+from .process import ForwardProcess, NoiseLevels
 from .times import every_row
 
 Noise = Callable[[int], Tensor]
@@ -33,9 +33,9 @@ def shifted_mean(mean: Tensor, variance: Tensor, gradient: Tensor) -> Tensor:
     return mean + variance * gradient
 
 
-def shifted_eps(process: ForwardProcess, t: Tensor, eps: Tensor, gradient: Tensor) -> Tensor:
-    """ε − √(1 − ᾱ) · ∇ log p(y | x_t), a classifier's effect on DDIM (Dhariwal & Nichol 2021, Alg. 2)."""
-    return eps - process.at("sqrt_one_minus_alphas_cumprod", t, eps) * gradient
+def shifted_eps(process: NoiseLevels, t: Tensor, eps: Tensor, gradient: Tensor) -> Tensor:
+    """ε − σ_t · ∇ log p(y | x_t), a classifier's effect on DDIM (Dhariwal & Nichol 2021, Alg. 2)."""
+    return eps - process.at("sigmas", t, eps) * gradient
 
 
 def ddpm_step(prediction: Prediction, noise: Tensor | None) -> Tensor:
@@ -85,14 +85,15 @@ def ddim_step(prediction: Prediction, noise: Tensor | None, eta: float = 0.0) ->
     return ddim_move(prediction.process, prediction.t, *ddim_belief(prediction), noise, eta)
 
 
-def _descend(
+def descend(
     advance: Callable[[Prediction, Tensor | None], Tensor],
     denoiser: Denoiser,
-    process: ForwardProcess,
+    process: NoiseLevels,
     x_T: Tensor,
     condition: Condition,
     noise: Noise | None,
 ) -> Iterator[State]:
+    """One network call a step, from x_T, [N, C, H, W]; `advance` makes of its belief and of noise the next x."""
     x = x_T
     for t in reversed(range(process.num_timesteps)):
         with torch.no_grad():
@@ -105,7 +106,7 @@ def ddpm(
     denoiser: Denoiser, process: ForwardProcess, x_T: Tensor, condition: Condition, noise: Noise
 ) -> Iterator[State]:
     """Ancestral sampling from x_T, [N, C, H, W]: one State a step, the last one's x is the sample."""
-    return _descend(ddpm_step, denoiser, process, x_T, condition, noise)
+    return descend(ddpm_step, denoiser, process, x_T, condition, noise)
 
 
 def ddim(
@@ -117,4 +118,4 @@ def ddim(
     eta: float = 0.0,
 ) -> Iterator[State]:
     """DDIM from x_T, [N, C, H, W]; noise is asked for only where eta is not 0."""
-    return _descend(partial(ddim_step, eta=eta), denoiser, process, x_T, condition, noise if eta else None)
+    return descend(partial(ddim_step, eta=eta), denoiser, process, x_T, condition, noise if eta else None)

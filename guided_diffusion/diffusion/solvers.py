@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Condition, Denoiser
+from .flow import euler, heun
 from .process import ForwardProcess, half_log_snr
 from .samplers import Noise, State, ddim, ddim_belief, ddpm
 from .times import every_row
@@ -130,5 +131,7 @@ SAMPLERS: dict[str, Callable[..., Iterator[State]]] = {
     "dpm++2m": dpm_solver_2m,
     "dpm++2m-sde": partial(dpm_solver_2m, stochastic=True),
     "unipc": unipc,
+    "euler": euler,
+    "heun": heun,
 }
 """The names of samplers, for the flag --sampler."""

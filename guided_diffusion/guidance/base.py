@@ -25,7 +25,8 @@ NullCondition = Callable[[Condition], Condition]
 class Guidance(ABC):
     """One difference Δ in ε; the guided prediction is ε(x, c) + Σ scale · Δ.
 
-    scale: the paper's s, 0 = off. schedule: at which steps, and by what factor of the scale.
+    scale: the paper's s, 0 = off. schedule: at which steps, and by what factor of the scale. channels: how many
+    channels of ε it acts on, the first ones; None: all.
     """
 
     uses_base: ClassVar[bool] = True
@@ -36,10 +37,13 @@ class Guidance(ABC):
 
     scale: float
     schedule: Schedule = field(default_factory=Schedule)
+    channels: int | None = None
 
     def __post_init__(self):
         if not math.isfinite(self.scale):
             raise ValueError(f"guidance scale: wanted a finite number, got {self.scale}")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance channels: wanted 1 or more, got {self.channels}")
 
     def record(self) -> AbstractContextManager[Scores]:
         """The recorder to hold open during the shared pass; what it yields comes back as `step.recorded[self]`."""
@@ -56,6 +60,13 @@ class Guidance(ABC):
     def x0_difference(self, step: "Step") -> Tensor | float:  # noqa: ARG002
         """Δ in x̂_0, where the step has ᾱ = 0 and ε says nothing of x̂_0; 0 if the technique knows none."""
         return 0.0
+
+    def acting(self, difference: Tensor | float) -> Tensor | float:
+        """A difference [N, C, …] where this guidance acts: kept on its channels, 0 on the others."""
+        if self.channels is None or not isinstance(difference, Tensor):
+            return difference
+        kept, others = difference[:, : self.channels], difference[:, self.channels :]
+        return torch.cat([kept, torch.zeros_like(others)], dim=1)
 
 
 @dataclass(eq=False)
@@ -220,11 +231,11 @@ class GuidedDenoiser:
         eps, x0 = step.conditional.eps, step.conditional.raw_x0
         for guidance, weights in due.weights.items():
             if guidance in due.computed:
-                self._differences[guidance] = guidance.difference(step)
+                self._differences[guidance] = guidance.acting(guidance.difference(step))
             weight = weights[0]
             if len(set(weights)) > 1:
                 weight = torch.tensor(weights, dtype=eps.dtype, device=eps.device).reshape(-1, *[1] * (eps.ndim - 1))
             eps = eps + weight * self._differences[guidance]
-            x0 = x0 + weight * guidance.x0_difference(step)
+            x0 = x0 + weight * guidance.acting(guidance.x0_difference(step))
         self.evaluations += step.evaluations
         return step.conditional.with_eps(eps, otherwise=x0) if due.weights else step.conditional

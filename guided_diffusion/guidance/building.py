@@ -8,8 +8,8 @@ import torch
 
 from ..diffusion.process import NoiseLevels
 from ..networks.attention import Replaceable, find_block
-from ..networks.building import lost_attention
-from ..networks.unet import UNetModel
+from ..networks.building import Denoising, lost_attention
+from ..networks.dit import DiT
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import NetworkConfig
 from ..settings.options import numbers
@@ -61,7 +61,14 @@ def schedule_of(guide_interval: str, guide_every: int) -> Schedule:
     return Schedule(*low_high, every=guide_every)
 
 
-def _sag_block(network: UNetModel, config: GuidanceConfig) -> Replaceable:
+def _channels(network: Denoising, flag: str, channels: int | None) -> int | None:
+    """The channels that a guidance acts on; a ValueError where the network's input has fewer."""
+    if channels is not None and not 1 <= channels <= network.in_channels:
+        raise ValueError(f"{flag}: wanted 1 to {network.in_channels}, the network's channels, got {channels}")
+    return channels
+
+
+def _sag_block(network: Denoising, config: GuidanceConfig) -> Replaceable:
     """The block whose attention makes the mask; a ValueError names the flag, the right ones, and what is at fault."""
     try:
         return find_block(network, config.block_name)
@@ -75,13 +82,16 @@ def _sag_block(network: UNetModel, config: GuidanceConfig) -> Replaceable:
         raise ValueError(f"{flag}: {'; '.join(filter(None, said))}") from None
 
 
-def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
+def build_guidance(network: Denoising, config: GuidanceConfig) -> MaskedBlur:
     """Self-attention guidance of a configuration for a network, or the same with another mask."""
     reference = config.fidelity == "reference"
+    if reference and isinstance(network, DiT):
+        raise ValueError("fidelity: reference is the authors' code, which knows UNets only; a DiT has corrected")
     common = {
         "scale": config.scale,
         "blur_sigma": config.blur_sigma,
         "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
+        "channels": _channels(network, "sag_channels", config.sag_channels),
         "schedule": changed(
             replace(schedule_of(config.guide_interval, config.guide_every), start=config.guide_start),
             "sag_schedule",
@@ -103,7 +113,7 @@ def build_guidance(network: UNetModel, config: GuidanceConfig) -> MaskedBlur:
 
 
 def build_other_guidances(
-    network: UNetModel, config: OtherGuidanceConfig, when: GuidanceConfig, null_label: int | None
+    network: Denoising, config: OtherGuidanceConfig, when: GuidanceConfig, null_label: int | None
 ) -> list[Guidance]:
     """The guidances of a configuration beside self-attention guidance, but those with scale 0.
 
@@ -114,9 +124,12 @@ def build_other_guidances(
     if config.cfg_scale:
         if null_label is None:
             raise ValueError("cfg_scale: needs a network with classes and a null label (class_cond, null_label)")
+        channels = _channels(network, "cfg_channels", config.cfg_channels)
         null = null_class(null_label)
         schedule = changed(common, "cfg_schedule", config.cfg_schedule)
-        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null, schedule=schedule))
+        guidances.append(
+            ClassifierFreeGuidance(scale=config.cfg_scale, null=null, channels=channels, schedule=schedule)
+        )
     if config.pag_scale:
         blocks = _blocks(network, "pag_blocks", config.pag_blocks)
         schedule = changed(common, "pag_schedule", config.pag_schedule)
@@ -130,7 +143,7 @@ def build_other_guidances(
     return guidances
 
 
-def _blocks(network: UNetModel, key: str, names: str) -> tuple[Replaceable, ...]:
+def _blocks(network: Denoising, key: str, names: str) -> tuple[Replaceable, ...]:
     try:
         return tuple(find_block(network, name.strip()) for name in names.split(","))
     except ValueError as error:
@@ -138,7 +151,7 @@ def _blocks(network: UNetModel, key: str, names: str) -> tuple[Replaceable, ...]
 
 
 def guidances_of(
-    config: GuidanceConfig, others: OtherGuidanceConfig, network: UNetModel, about: NetworkConfig, labels: str
+    config: GuidanceConfig, others: OtherGuidanceConfig, network: Denoising, about: NetworkConfig, labels: str
 ) -> list[Guidance]:
     """The guidances that flags ask for, self-attention guidance first.
 
@@ -167,14 +180,20 @@ def describe_guidance(
 
 
 def _described(config: GuidanceConfig, others: OtherGuidanceConfig, guidance: Guidance) -> str:
+    scale = f"{guidance.scale:g}{_on(guidance.channels)}"
     if isinstance(guidance, ClassifierFreeGuidance):
-        return f"classifier-free guidance: s_c = {guidance.scale:g}"
+        return f"classifier-free guidance: s_c = {scale}"
     if isinstance(guidance, PerturbedAttentionGuidance):
-        return f"perturbed-attention guidance: s = {guidance.scale:g} at {others.pag_blocks}"
+        return f"perturbed-attention guidance: s = {scale} at {others.pag_blocks}"
     if isinstance(guidance, SmoothedEnergyGuidance):
-        return f"smoothed energy guidance: s = {guidance.scale:g}, σ = {guidance.sigma:g} at {others.seg_blocks}"
+        return f"smoothed energy guidance: s = {scale}, σ = {guidance.sigma:g} at {others.seg_blocks}"
     mask = f"ψ = {config.sag_threshold:g}, σ = {config.blur_sigma:g} at {config.block_name}"
     if config.sag_mask != "self-attention":
         share = "" if config.sag_mask == "global" else f" ({config.sag_mask_share:g})"
         mask = f"{config.sag_mask} mask{share}, σ = {config.blur_sigma:g}"
-    return f"self-attention guidance: s = {config.scale:g}, {mask}"
+    return f"self-attention guidance: s = {scale}, {mask}"
+
+
+def _on(channels: int | None) -> str:
+    """For people: which channels a guidance acts on, where not on all."""
+    return "" if channels is None else f" on the first {channels} channel{'s' * (channels > 1)}"

@@ -15,7 +15,8 @@ class ClassifierFreeGuidance(Guidance):
     """Δ = ε(x_t, c) − ε(x_t, ∅); scale is s_c of Hong et al., Eq. 25: `guidance_scale` of other tools is 1 + s_c.
 
     null: makes c into ∅. Conditional and unconditional pass are one batch of twice the rows, and count two network
-    evaluations. All guidances of a step share the pass.
+    evaluations. All guidances of a step share the pass. channels: DiT's published numbers are of 3 of its 4; the
+    others, as Σ, are then those of the conditional pass.
     """
 
     passes: ClassVar[int] = 0

@@ -1,1 +1,1 @@
-"""The networks of ADM and IDDPM, and their attention: recorded, replaced. Know nothing of guidance."""
+"""The networks of ADM, IDDPM and DiT, and their attention: recorded, replaced. Know nothing of guidance."""

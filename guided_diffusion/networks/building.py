@@ -13,13 +13,18 @@ from torch import nn
 
 from ..settings.model import MOST_WIDTH, NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
 from ..settings.options import numbers
+from ..settings.transformer import TransformerConfig
 from ..storage.checkpoints import load_into
+from .dit import DiT, named
 from .inspection import CHANNEL_MULTS, wrong_flags
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 log = logging.getLogger(__name__)
 
 Network = TypeVar("Network", bound=nn.Module)
+
+Denoising = UNetModel | DiT
+"""The networks that samples are made with."""
 
 
 def _levels(image_size: int, channels: int, channel_mult: str, key: str = "channel_mult") -> list[float]:
@@ -75,8 +80,10 @@ def _built(kind: Callable[..., Network], arguments: dict[str, Any]) -> Network:
     return kind(**arguments)
 
 
-def lost_attention(network: UNetModel) -> str:
-    """What is to be said of attention_resolutions that no map of the network has; empty where each has one."""
+def lost_attention(network: Denoising) -> str:
+    """What is to be said of attention_resolutions that no map of a UNet has; empty where each has one."""
+    if isinstance(network, DiT):
+        return ""
     factors = [2**level for level in range(len(network.channel_mult))]
     lost = [factor for factor in network.attention_resolutions if factor not in factors]
     if not lost:
@@ -94,6 +101,20 @@ def build_network(config: NetworkConfig, learn_sigma: bool) -> UNetModel:
     if said := lost_attention(network):
         log.warning(said)
     return network
+
+
+def build_transformer(kind: TransformerConfig, config: NetworkConfig, learn_sigma: bool) -> DiT:
+    """The transformer of a configuration, with the weights that training begins with."""
+    if not (config.class_cond and config.null_label):
+        raise ValueError(f"class_cond, null_label: {kind.network} has classes and a label for none; both must be True")
+    arguments = {
+        "name": kind.network,
+        "input_size": kind.input_size(config.image_size),
+        "in_channels": kind.in_channels,
+        "num_classes": config.num_classes,
+        "learn_sigma": learn_sigma,
+    }
+    return _built(named, arguments)
 
 
 def upsampling(config: NetworkConfig, large_size: int, small_size: int) -> NetworkConfig:
@@ -151,13 +172,21 @@ def unfilled() -> torch.device:
     return torch.device("meta")
 
 
-def fill(network: UNetModel, path: str, config: NetworkConfig, learn_sigma: bool, device: torch.device) -> None:
+def fill(
+    network: Denoising,
+    path: str,
+    config: NetworkConfig,
+    learn_sigma: bool,
+    device: torch.device,
+    kind: TransformerConfig | None = None,
+) -> None:
     """Fill a network (built on the meta device) from `path`; a ValueError names the flags that do not fit the file."""
-    explain = partial(wrong_flags, network=config, image_size=network.image_size, learn_sigma=learn_sigma)
+    size = network.image_size if isinstance(network, UNetModel) else config.image_size
+    explain = partial(wrong_flags, network=config, image_size=size, learn_sigma=learn_sigma, transformer=kind)
     load_into(network, path, device, explain)
 
 
-def make_ready(network: UNetModel | EncoderUNetModel, use_fp16: bool, compiled: bool = False) -> None:
+def make_ready(network: Denoising | EncoderUNetModel, use_fp16: bool, compiled: bool = False) -> None:
     """Make a filled network ready to be called: without gradients, in the dtype and memory layout it runs best in."""
     network.eval().requires_grad_(False)
     if use_fp16:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..settings.model import ClassifierConfig, NetworkConfig
+from ..settings.transformer import TransformerConfig, dit_name
 
 CHANNEL_MULTS = {
     512: "0.5,1,1,2,2,4,4",
@@ -17,6 +18,9 @@ CHANNEL_MULTS = {
 
 
 Shapes = Mapping[str, Sequence[int]]
+
+LATENT_CHANNELS, LATENT_FACTOR = 4, 8
+"""Of Stable Diffusion's autoencoder, which transformers of 4 channels are taken to see."""
 
 NOT_IN_SHAPES = "num_heads, num_head_channels and use_new_attention_order cannot be told from shapes"
 
@@ -32,9 +36,9 @@ class Attention:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """kind: `unet`, `super-resolution` or `classifier`; the flags that its shapes tell; its attention blocks.
+    """kind: `unet`, `super-resolution`, `classifier` or `transformer`; the flags that its shapes tell; its attention.
 
-    channels: of its images; the commands make networks of 3.
+    channels: of its images; the commands make networks of 3, and transformers of latents of 4.
     """
 
     kind: str
@@ -128,23 +132,26 @@ def _kind(inside: int, out: int) -> tuple[str, int, bool]:
     return ("super-resolution", 3, True) if inside == out == 6 else ("unet", inside, False)
 
 
-def channels_said(channels: int) -> str:
-    """What is to be said of a checkpoint whose images have so many channels; empty for 3."""
-    return (
-        ""
-        if channels == 3
-        else f"its images have {channels} channel{'s' * (channels > 1)}, the commands make networks of 3"
-    )
+def channels_said(checkpoint: Checkpoint) -> str:
+    """What is to be said of a checkpoint whose images have other channels than the commands' networks, or nothing."""
+    channels = checkpoint.channels
+    if channels == 3 or (channels == LATENT_CHANNELS and checkpoint.kind == "transformer"):
+        return ""
+    return f"its images have {channels} channel{'s' * (channels > 1)}, the commands make networks of 3"
 
 
 def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
     """What the tensors of these names and shapes are; a ValueError if they are no network of this family.
 
-    image_size: the side of the images if it is known; else it is guessed from the widths.
+    image_size: the side of the images if it is known; else it is guessed from the widths, of a transformer told.
     """
+    if "x_embedder.proj.weight" in shapes and "pos_embed" in shapes:
+        return _transformer(shapes)
     found = _levels(shapes) if "time_embed.0.weight" in shapes and "input_blocks.0.0.weight" in shapes else None
     if not found:
-        raise ValueError(f"its tensors are those of no ADM or IDDPM network, the first is {next(iter(shapes), 'none')}")
+        raise ValueError(
+            f"its tensors are those of no ADM or IDDPM network and no DiT, the first is {next(iter(shapes), 'none')}"
+        )
     levels, blocks = found
     channels, in_channels = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
     mult = ",".join(f"{level.width / channels:g}" for level in levels)
@@ -196,6 +203,31 @@ def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
     )
 
 
+def _transformer(shapes: Shapes) -> Checkpoint:
+    """What a DiT is; a ValueError where tensors of it are missing."""
+    needed = ("y_embedder.embedding_table.weight", "final_layer.linear.weight", "blocks.0.attn.qkv.weight")
+    for name in needed:
+        if name not in shapes:
+            raise ValueError(f"a DiT without {name}")
+    hidden_size, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+    tokens = shapes["pos_embed"][1]
+    blocks = [name.removesuffix(".attn.qkv.weight") for name in shapes if name.endswith(".attn.qkv.weight")]
+    factor = LATENT_FACTOR if channels == LATENT_CHANNELS else 0
+    image_size = round(tokens**0.5) * patch_size * (factor or 1)
+    flags = {
+        "network": dit_name(hidden_size, len(blocks), patch_size),
+        "latent_factor": factor,
+        "image_size": image_size,
+        "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch_size**2,
+        "class_cond": True,
+        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
+        "null_label": True,
+    }
+    attention = [Attention(block, hidden_size, patch_size * (factor or 1)) for block in blocks]
+    parameters = sum(_product(shape) for shape in shapes.values())
+    return Checkpoint("transformer", channels, flags, attention, parameters, image_size)
+
+
 def _product(shape: Sequence[int]) -> int:
     total = 1
     for size in shape:
@@ -204,22 +236,31 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def wrong_flags(
-    shapes: Shapes, network: NetworkConfig | ClassifierConfig, image_size: int, learn_sigma: bool = False
+    shapes: Shapes,
+    network: NetworkConfig | ClassifierConfig,
+    image_size: int,
+    learn_sigma: bool = False,
+    transformer: TransformerConfig | None = None,
 ) -> str:
     """The flags that do not fit a checkpoint and what they should be; empty where the shapes tell none.
 
     network: the flags given for it; image_size: the side of its images (large_size of a super-resolution network).
+    transformer: those of a transformer, where one is to be filled.
     """
     try:
         checkpoint = inspect(shapes, image_size)
     except ValueError as error:
         return str(error)
-    is_classifier = isinstance(network, ClassifierConfig)
-    if (checkpoint.kind == "classifier") != is_classifier:
-        return f"the file is a {checkpoint.kind}, wanted a {'classifier' if is_classifier else 'diffusion network'}"
+    wanted = "transformer" if transformer and transformer.network else "UNet"
+    wanted = "classifier" if isinstance(network, ClassifierConfig) else wanted
+    kinds = {"classifier": ("classifier",), "transformer": ("transformer",), "UNet": ("unet", "super-resolution")}
+    if checkpoint.kind not in kinds[wanted]:
+        return f"the file is a {checkpoint.kind}, wanted a {wanted}{_kind_hint(checkpoint)}"
     told = dict(checkpoint.flags)
     given: dict[str, Any] = {**vars(network), "learn_sigma": learn_sigma}
-    if isinstance(network, ClassifierConfig):
+    if wanted == "transformer":
+        given |= vars(transformer)
+    elif wanted == "classifier":
         given["classifier_channel_mult"] = network.classifier_channel_mult or CHANNEL_MULTS.get(image_size, "")
     else:
         given["channel_mult"] = network.channel_mult or CHANNEL_MULTS.get(image_size, "")
@@ -232,15 +273,22 @@ def wrong_flags(
         for flag, right in told.items()
         if flag in given and not _same(given[flag], right)
     ]
-    said = channels_said(checkpoint.channels)
+    said = channels_said(checkpoint)
     return ", ".join(([said] if said else []) + wrong)
 
 
+def _kind_hint(checkpoint: Checkpoint) -> str:
+    """The flag that makes the network of a checkpoint of another kind than was wanted."""
+    return f" (give --network {checkpoint.flags['network']})" if checkpoint.kind == "transformer" else ""
+
+
 def _same(given: Any, told: Any) -> bool:
-    """Whether two values of a flag mean the same: lists of numbers in any order and writing."""
+    """Whether two values of a flag mean the same: lists of numbers in any order and writing; ? stands for a number."""
     if isinstance(told, str) and re.fullmatch(r"[\d.,]+", told) and re.fullmatch(r"[\d., ]+", str(given)):
         numbers = [[float(part) for part in text.split(",") if part.strip()] for text in (str(given), told)]
         return numbers[0] == numbers[1] or (sorted(numbers[0]) == sorted(numbers[1]) and "." not in told)
+    if isinstance(told, str) and "?" in told:
+        return bool(re.fullmatch(re.escape(told).replace(r"\?", r"\d+"), str(given)))
     return given == told
 
 

@@ -81,6 +81,19 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
+def embedded_labels(table: nn.Embedding, y: Tensor, rows: int) -> Tensor:
+    """The embeddings of labels; a ValueError where they are none (out of range: on a CPU, a GPU says it itself)."""
+    wanted = f"y: wanted classes, int64 from 0 to {table.num_embeddings - 1}, one for {rows} rows or for each"
+    if not isinstance(y, Tensor):
+        raise ValueError(f"{wanted}; got {type(y).__name__}")
+    if y.dtype not in (torch.int64, torch.int32) or y.shape not in ((), (1,), (rows,)):
+        raise ValueError(f"{wanted}; got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
+    try:
+        return table(y)
+    except IndexError:
+        raise ValueError(f"{wanted}; got {y.min()} to {y.max()}") from None
+
+
 @torch.no_grad()
 def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
     """Move targets in place towards sources: target = rate · target + (1 − rate) · source."""

@@ -1,10 +1,9 @@
 """The ADM/IDDPM networks (Dhariwal & Nichol 2021; Nichol & Dhariwal 2021), under upstream's names."""
 
-import logging
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from .attention import Attend, Listener, Split, TokenLinear, of_this_thread, split_legacy, split_new
 from .layers import (
-    autocasts,
     avg_pool_nd,
     checkpoint,
     conv_nd,
+    embedded_labels,
     layer_nd,
     linear,
     normalization,
     timestep_embedding,
     zero_module,
 )
-
-log = logging.getLogger(__name__)
+from .precision import WithTorso
 
 TORSO = ("input_blocks.", "middle_block.", "output_blocks.")
 FIRST = "input_blocks.0.0"
@@ -276,81 +274,38 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(self.attention(self.qkv_proj(tokens)))[:, :, 0]
 
 
-@cache
-def _say(remark: str) -> None:
-    log.warning(remark)
-
-
-def _half_precision(device: torch.device) -> torch.dtype:
-    """What use_fp16 means on a device; said once where that is not float16, which CPUs compute 200 times slower."""
-    if device.type != "cpu":
-        return torch.float16
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-        _say("use_fp16: on this CPU half precision is bfloat16, not float16")
-        return torch.bfloat16
-    _say("use_fp16: this CPU has no fast half precision; going on in float32")
-    return torch.float32
-
-
-class _Network(nn.Module):
+class _Network(WithTorso):
     """What denoising networks and classifiers share: their blocks, and a torso that may compute in another dtype."""
 
-    _dtype: torch.dtype | None = None
     input_blocks: nn.ModuleList
-    middle_block: nn.Module
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the torso is given: the one that was set, else that of its weights."""
-        return self._dtype or self.middle_block[0].in_layers[2].weight.dtype
-
-    @dtype.setter
-    def dtype(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def torso(self) -> Iterator[nn.Module]:
+        for name, module in self.named_modules():
+            if name.startswith(TORSO) and name != FIRST and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                yield module
 
     def _embed(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """The timesteps' embeddings, [N, 4 · model_channels]; a ValueError where precisions do not go together."""
         embedding = timestep_embedding(timesteps, self.model_channels)
-        if not autocasts(x.device):
-            for name, wanted, got in (
-                ("weights", embedding, next(self.time_embed.parameters(), embedding)),
-                ("x", next(self.out.parameters(), x), x),
-            ):
-                if got.dtype is not wanted.dtype:
-                    kinds = [str(part.dtype).removeprefix("torch.") for part in (wanted, got)]
-                    raise ValueError(
-                        f"{name}: wanted {kinds[0]}, got {kinds[1]}; half precision is "
-                        "network.convert_to(torch.bfloat16), which leaves input, embeddings and output in float32"
-                    )
+        self.check_dtypes(x, embedding, self.time_embed, self.out)
         return self.time_embed(embedding)
 
     def convert_to(self, dtype: torch.dtype) -> None:
-        """Compute the torso in float16 (GPU only) or bfloat16; embeddings, normalisation and output stay in float32.
+        """As `WithTorso`; the first layer is converted too, but not to bfloat16.
 
-        With bfloat16 so does the first layer: that it leaves two digits of x_t is most of the error of the whole.
+        That would leave two digits of x_t, which is most of the error of the whole.
         """
-        for name, module in self.named_modules():
-            if name.startswith(TORSO) and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                module.to(torch.float32 if name == FIRST and dtype is torch.bfloat16 else dtype)
-        self._dtype = None
+        super().convert_to(dtype)
+        self.input_blocks[0].to(torch.float32 if dtype is torch.bfloat16 else dtype)
 
     def _rising(self, x: Tensor, emb: Tensor) -> Iterator[Tensor]:
         """What every input block puts out, one after the other, in the torso's dtype; the first has one of its own."""
-        own = self.input_blocks[0][0].weight.dtype
+        own, dtype = self.input_blocks[0][0].weight.dtype, self.dtype
         h = x.type(own)
         for block in self.input_blocks:
             h = block(h, emb)
-            h = h if own is self.dtype else h.type(self.dtype)
+            h = h if own is dtype else h.type(dtype)
             yield h
-
-    def convert_to_fp16(self) -> None:
-        """Compute the torso in the half precision of the device: float16, or bfloat16 on a CPU that has it."""
-        self.convert_to(_half_precision(next(self.parameters()).device))
-
-    def convert_to_fp32(self) -> None:
-        """Compute all in float32 again."""
-        self.convert_to(torch.float32)
 
     def compile_blocks(self) -> None:
         """Compile the residual blocks, once for each shape; the attention between them stays open to hooks."""
@@ -479,18 +434,6 @@ class UNetModel(_Network):
             normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
         )
 
-    def _embedded(self, y: Tensor, rows: int) -> Tensor:
-        """The embeddings of labels; a ValueError where they are none (out of range: on a CPU, a GPU says it itself)."""
-        wanted = f"y: wanted classes, int64 from 0 to {self.num_classes - 1}, one for {rows} rows or for each"
-        if not isinstance(y, Tensor):
-            raise ValueError(f"{wanted}; got {type(y).__name__}")
-        if y.dtype not in (torch.int64, torch.int32) or y.shape not in ((), (1,), (rows,)):
-            raise ValueError(f"{wanted}; got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
-        try:
-            return self.label_emb(y)
-        except IndexError:
-            raise ValueError(f"{wanted}; got {y.min()} to {y.max()}") from None
-
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         factor, sides = 2 ** (len(self.channel_mult) - 1), x.shape[3 if self.dims == 3 else 2 :]
         if any(side % factor for side in sides):
@@ -499,7 +442,7 @@ class UNetModel(_Network):
             raise ValueError("labels y go with a class-conditional network, and only with one")
         emb = self._embed(x, timesteps)
         if y is not None:
-            emb = emb + self._embedded(y, len(x))
+            emb = emb + embedded_labels(self.label_emb, y, len(x))
         skips = list(self._rising(x, emb))
         h = self.middle_block(skips[-1], emb)
         for block in self.output_blocks:

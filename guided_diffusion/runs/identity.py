@@ -16,6 +16,7 @@ from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults
 from ..settings.runs import SamplingConfig
 from ..settings.stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
+from ..settings.transformer import TransformerConfig
 from ..storage.fetch import local_path
 from ..storage.files import join, sha256
 from ..storage.hashes import known_sha256
@@ -31,6 +32,7 @@ OF_THE_RUN = {
 
 INPUT_FILES = (
     "model_path",
+    "vae_path",
     "classifier_path",
     "base_samples",
     "init_image",
@@ -52,23 +54,26 @@ IN_MODELS = (".json", ".txt", ".safetensors")
 
 
 LATER = later_defaults(
-    SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig, StableDiffusionConfig, LatentGuidanceConfig
+    SamplingConfig,
+    GuidanceConfig,
+    OtherGuidanceConfig,
+    ClassifierConfig,
+    TransformerConfig,
+    StableDiffusionConfig,
+    LatentGuidanceConfig,
 )
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
 
 
-def _file_hash(path: str) -> str:
-    if os.path.isdir(path):
-        # A model's parts are one folder each; what else lies in its folder is not read.
-        files = sorted(file for file in Path(path).glob("*/*") if file.suffix in IN_MODELS)
-        return settings_hash({str(file.relative_to(path)): _file_hash(str(file)) for file in files})
-    return known_sha256(local_path(path))
-
-
-def _pictures_hash(path: str) -> str:
-    if os.path.isdir(path):
+def _contents_hash(key: str, path: str) -> str:
+    """The hash of what the setting `key` names: a file, a model's folder, or a folder of pictures."""
+    if not os.path.isdir(path):
+        return known_sha256(local_path(path))
+    if key in PICTURES:
         return settings_hash({"pictures": [sha256(file) for file in list_image_files(path)]})
-    return _file_hash(path)
+    # A model's parts are one folder each, and an autoencoder is one part; what else lies in its folder is not read.
+    files = sorted(file for file in Path(path).glob("*" if key == "vae_path" else "*/*") if file.suffix in IN_MODELS)
+    return settings_hash({str(file.relative_to(path)): known_sha256(file) for file in files})
 
 
 def identity(settings: dict[str, Any], samples_version: int = 1) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def identity(settings: dict[str, Any], samples_version: int = 1) -> dict[str, An
     }
     files = [key for key in INPUT_FILES if kept.get(key) and (key != "sag_mask" or kept[key].endswith(".npz"))]
     version = {} if samples_version == 1 else {"samples_version": samples_version}
-    hashes = {key: (_pictures_hash if key in PICTURES else _file_hash)(kept[key]) for key in files}
+    hashes = {key: _contents_hash(key, kept[key]) for key in files}
     return kept | hashes | version
 
 

@@ -18,6 +18,7 @@ from ..diffusion.solvers import SAMPLERS
 from ..guidance.base import Guidance, GuidedDenoiser
 from ..guidance.classifier import with_classifier
 from ..settings.runs import RunConfig, SamplingConfig
+from ..stable_diffusion.autoencoder import Autoencoder
 from ..storage import pictures
 from ..storage.given_images import GivenImages
 from .conditions import Classes, ConditionOf, unconditional
@@ -33,8 +34,9 @@ class Pipeline(Protocol):
     """What makes sample i, of any kind of model.
 
     name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
-    condition. num_steps: States of a trajectory. samples_version: a change of the code after which sample i is
-    another raises it; samples of different versions do not share a folder. dtype: of the network's weights.
+    condition. num_steps: States of a trajectory. nearest_levels: how images become uint8 (`to_uint8`).
+    samples_version: a change of the code after which sample i is another raises it; samples of different versions do
+    not share a folder. dtype: of the network's weights.
     """
 
     samples_version: int
@@ -46,6 +48,7 @@ class Pipeline(Protocol):
     shape: tuple[int, int, int]
     labelled: bool
     num_steps: int
+    nearest_levels: bool
     guidances: Sequence[Guidance]
     dtype: torch.dtype
 
@@ -65,6 +68,11 @@ def tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def pixels(pipeline: Pipeline, x: Tensor) -> np.ndarray:
+    """The images of what the last state holds, uint8 [N, H, W, 3]; a FloatingPointError where they are not finite."""
+    return pictures.to_uint8(pipeline.images(x), pipeline.nearest_levels)
 
 
 def first_spoiled(state: State, before: Tensor | None) -> Tensor:
@@ -103,7 +111,7 @@ def make_shard(pipeline: Pipeline, indices: Sequence[int], batch_size: int, obse
             observe(batch, state, guided)
         _check_finite(batch, spoiled, pipeline)
         try:
-            images.append(pictures.to_uint8(pipeline.images(state.x)))
+            images.append(pixels(pipeline, state.x))
         except FloatingPointError as error:
             raise FloatingPointError(f"samples {batch[0]} to {batch[-1]}: after decoding, {error}") from None
         evaluations += guided.evaluations * len(batch) / len(indices)
@@ -118,8 +126,9 @@ class ImagePipeline:
 
     side: of the images. condition_of: what sample i is made of. conditional: whether the network takes that condition;
     else only the classifier of `cond_fn` does. init_images: what samples begin with, under the noise of the first
-    step that the diffusion makes (SDEdit, Meng et al. 2022). samples_version: 2 where `guide_start` once kept other
-    guidances than self-attention guidance from acting.
+    step that the diffusion makes (SDEdit, Meng et al. 2022). latent_shape: (C, h, w) of what the network sees, where
+    those are the latents of `autoencoder`, which is needed for images. samples_version: 2 where `guide_start` once kept
+    other guidances than self-attention guidance from acting.
     """
 
     config: SamplingConfig
@@ -132,6 +141,8 @@ class ImagePipeline:
     cond_fn: Callable[..., Tensor] | None = None
     conditional: bool = True
     init_images: GivenImages | None = None
+    latent_shape: tuple[int, int, int] | None = None
+    autoencoder: Autoencoder | None = None
     samples_version: int = 1
 
     @property
@@ -145,6 +156,16 @@ class ImagePipeline:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.side, self.side, 3
+
+    @property
+    def x_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what is sampled and the network sees."""
+        return self.latent_shape or (3, self.side, self.side)
+
+    @property
+    def nearest_levels(self) -> bool:
+        """Decoded latents, as DiT has it, are rounded to the nearest level."""
+        return self.latent_shape is not None
 
     @property
     def labelled(self) -> bool:
@@ -169,13 +190,17 @@ class ImagePipeline:
         return {name: rows.to(self.device) for name, rows in self.condition_of(self.config, indices).items()}
 
     def images(self, x: Tensor) -> Tensor:
-        """Samples are images already."""
-        return x
+        """Samples are images already, or latents of some."""
+        return self.autoencoder.decode(x) if self.autoencoder else x
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What the network sees of images [N, 3, H, W] in [−1, 1]."""
+        return self.autoencoder.encode(images) if self.autoencoder else images
 
     def trajectory(self, indices: Sequence[int]) -> Iterator[tuple[State, GuidedDenoiser]]:
         """The states of samples `indices` as one batch, each with the denoiser that knows its step's guidance."""
         config, process = self.config, self.diffusion.process
-        noise = SampleNoise(config.seed, indices, (3, self.side, self.side), self.device)
+        noise = SampleNoise(config.seed, indices, self.x_shape, self.device)
         guided = GuidedDenoiser(self.denoiser, process, self.guidances, Samples(config.seed, indices))
         denoiser = with_classifier(guided, self.cond_fn) if self.cond_fn else guided
         of_ddim = {"eta": config.ddim_eta} if config.sampler_name == "ddim" else {}
@@ -183,7 +208,7 @@ class ImagePipeline:
         x = noise.x_T()
         if self.init_images:
             noisiest = torch.full((len(x),), process.num_timesteps - 1, device=x.device)
-            x = process.q_sample(self.init_images.read(indices).to(x), noisiest, x)
+            x = process.q_sample(self.encode(self.init_images.read(indices).to(x)), noisiest, x)
         for state in sample(denoiser, process, x, self.condition(indices), noise, **of_ddim):
             yield state, guided
 
@@ -224,7 +249,7 @@ class ImagePipeline:
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator["ImagePipeline"]:
         """This pipeline on a device, where its networks are for as long as the `with` lasts."""
-        networks = [part for part in (self.network, self.cond_fn) if isinstance(part, nn.Module)]
+        networks = [part for part in (self.network, self.cond_fn, self.autoencoder) if isinstance(part, nn.Module)]
         try:
             for network in networks:
                 network.to(device)

@@ -13,7 +13,16 @@ from torch import Tensor
 from ..diffusion.diffusion import build_diffusion, check_first_step
 from ..guidance.building import describe_guidance, guidances_of
 from ..guidance.classifier import ClassifierGradient
-from ..networks.building import build_classifier, build_network, fill, fill_at_random, make_ready, unfilled
+from ..networks.building import (
+    Denoising,
+    build_classifier,
+    build_network,
+    build_transformer,
+    fill,
+    fill_at_random,
+    make_ready,
+    unfilled,
+)
 from ..networks.inspection import wrong_flags
 from ..settings.guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
 from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
@@ -21,6 +30,8 @@ from ..settings.options import configure, resolved
 from ..settings.runs import NUM_SAMPLES, SamplingConfig
 from ..settings.scripts import SCRIPTS
 from ..settings.shipped import shipped
+from ..settings.transformer import TransformerConfig
+from ..stable_diffusion.autoencoder import Autoencoder, load_autoencoder
 from ..storage.checkpoints import load_into
 from ..storage.files import join
 from ..storage.given_images import GivenImages
@@ -61,6 +72,7 @@ class Configs:
     by_classifier: ClassifierGuidanceConfig | None = None
     network: NetworkConfig
     diffusion: DiffusionConfig
+    transformer: TransformerConfig
     classifier: ClassifierConfig | None = None
 
     @classmethod
@@ -94,30 +106,37 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
     weights: read them; if not, the networks are filled at random.
     """
     about, by_classifier, given = configs.network, configs.by_classifier, configs.sampling.init_image
+    transformer = configs.transformer
     images = GivenImages(given, about.image_size, about.image_size, "init_image") if given else None
     configs = replace(configs, sampling=counted(configs.sampling, images))
-    diffusion = build_diffusion(configs.diffusion)
+    sampler = configs.sampling.sampler_name
+    diffusion = build_diffusion(configs.diffusion, sampler)
     steps = diffusion.num_timesteps
     diffusion = diffusion.first(configs.sampling.steps_made(steps))
     check_first_step(diffusion)
-    with unfilled():
-        network = build_network(about, configs.diffusion.learn_sigma)
+    made, diffusion = diffusion.num_timesteps, diffusion.called_by(sampler)
+    network = _unfilled(configs)
     guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)
     line = describe_guidance(configs.sag, configs.others, guidances, diffusion.process)
     if images:
-        line += f"\nfrom {len(images)} given images: the last {diffusion.num_timesteps} of {steps} steps"
+        line += f"\nfrom {len(images)} given images: the last {made} of {steps} steps"
+    if diffusion.num_timesteps > made:
+        line += f"\n{sampler}: {made} steps of two network calls each, the last one of one, all counted as steps here"
     condition_of, cond_fn = unconditional, None
     if by_classifier:
         missing = by_classifier.classifier_guidance is None and not by_classifier.classifier_path
         off = "off, no classifier_path is given" if missing else "off"
         line += f"\nclassifier guidance: {f'scale {by_classifier.classifier_scale:g}' if by_classifier.on else off}"
+        if by_classifier.on and transformer.latent_factor:
+            raise ValueError("classifier_path: a classifier of images does not see the latents of latent_factor")
         cond_fn = _classifier_gradient(configs, device, weights) if by_classifier.on else None
     if about.class_cond or cond_fn:
         has_null = about.class_cond and about.null_label and not cond_fn
         condition_of = Classes(about.num_classes, has_null)
     condition_of(configs.sampling, [0])  # what is wrong with labels is said before weights are read
+    autoencoder = _autoencoder(transformer, device) if weights and transformer.latent_factor else None
     if weights:
-        fill(network, configs.sampling.model_path, about, configs.diffusion.learn_sigma, device)
+        fill(network, configs.sampling.model_path, about, configs.diffusion.learn_sigma, device, transformer)
     else:
         fill_at_random(network, device)
     make_ready(network, about.use_fp16, configs.sampling.compile)
@@ -132,12 +151,32 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
         cond_fn,
         conditional=about.class_cond,
         init_images=images,
+        latent_shape=(network.in_channels, *[network.input_size] * 2) if transformer.latent_factor else None,
+        autoencoder=autoencoder,
         samples_version=2 if configs.others.on and configs.sag.guide_start < diffusion.num_timesteps else 1,
     )
     return Prepared(pipeline, configs.resolved(), line)
 
 
+def _unfilled(configs: Configs) -> Denoising:
+    """The network that the settings describe, without memory."""
+    with unfilled():
+        if configs.transformer.network:
+            return build_transformer(configs.transformer, configs.network, configs.diffusion.learn_sigma)
+        return build_network(configs.network, configs.diffusion.learn_sigma)
+
+
+def _autoencoder(transformer: TransformerConfig, device: torch.device) -> Autoencoder:
+    if not transformer.vae_path:
+        raise ValueError(
+            "vae_path: give a local folder with the autoencoder of the latents (docs/dit.md says how to get one)"
+        )
+    return load_autoencoder(transformer.vae_path, transformer.in_channels, transformer.latent_factor, device)
+
+
 def _classifier_gradient(configs: Configs, device: torch.device, weights: bool) -> Callable[..., Tensor]:
+    if configs.diffusion.noise_schedule == "linear_path":
+        raise ValueError("classifier_scale, noise_schedule: no noisy-image classifier knows the noise of a linear_path")
     network, config = configs.network, configs.classifier
     with unfilled():
         classifier = build_classifier(network.image_size, config, network.num_classes)

@@ -55,7 +55,7 @@ def run(
     )
     about = {
         "guidance": guidance_line,
-        "uint8": pictures.UINT8_RULE,
+        "uint8": pictures.UINT8_RULES[pipeline.nearest_levels],
         "batch_size": batch_size,
         "ranks": job.size,
     }

@@ -33,6 +33,9 @@ class GuidanceConfig:
     sel_attn_depth: int = option(8, "and its number, where sag_block is not given")
     sag_threshold: float = option(1.0, "ψ: blurred is what gets more attention than ψ times the mean")
     blur_sigma: float = option(3.0, "σ of the Gaussian blur in pixels; 0 = none, inf = the mean pixel", infinite=True)
+    sag_channels: int | None = option(
+        None, "act on the first so many channels of ε only (latents have 4); empty: on all", later=True
+    )
     blur_kernel: int | None = option(None, "odd width of the blur's window in pixels; default ⌈3σ⌉ to each side")
     guide_start: int = option(
         250, "self-attention guidance acts at the last so many of the respaced steps only; 0 = never"
@@ -84,6 +87,11 @@ class OtherGuidanceConfig:
         0.0,
         "classifier-free guidance, Δ = ε(x, c) − ε(x, ∅): the paper's s_c (guidance_scale of other tools is 1 + s_c); "
         "needs classes and null_label; self-attention guidance then degrades ε(x, ∅) (the paper's Eq. 25)",
+        later=True,
+    )
+    cfg_channels: int | None = option(
+        None,
+        "and acts on the first so many channels of ε only; empty: on all. DiT's published numbers: 3 of 4",
         later=True,
     )
     cfg_schedule: str = option("", "as sag_schedule, for classifier-free guidance", later=True)

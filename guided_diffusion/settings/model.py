@@ -73,10 +73,15 @@ class DiffusionConfig:
 
     learn_sigma: bool = option(False, "the network also predicts the variance Σ")
     diffusion_steps: int = option(1000, "steps T of the training process", most=MOST_STEPS)
-    noise_schedule: str = option("linear", "linear or cosine")
+    noise_schedule: str = option(
+        "linear",
+        "linear or cosine; linear_path: of flow models (SiT), a straight line from noise to image, whose velocity the "
+        "network predicts",
+    )
     timestep_respacing: str = option(
         "",
-        "steps to sample with: 250, 10,15,20 (by thirds), ddim25, or logsnr20 (even in log α/σ); empty: all",
+        "steps to sample with: 250, 10,15,20 (by thirds), ddim25, or logsnr20 (even in log α/σ); empty: all. With "
+        "linear_path a number alone",
     )
     use_kl: bool = option(False, "train the variational bound")
     predict_xstart: bool = option(False, "the network predicts x_0, not ε")

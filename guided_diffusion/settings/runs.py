@@ -66,7 +66,10 @@ class RunConfig:
         return max(1, round(self.strength * steps)) if self.init_image else steps
 
 
-SAMPLERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde", "unipc")
+FLOW_SAMPLERS = ("euler", "heun")
+"""Of networks whose noise_schedule is linear_path; no other sampler is."""
+
+SAMPLERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde", "unipc", *FLOW_SAMPLERS)
 """What --sampler may be."""
 
 NUM_SAMPLES = 10000
@@ -86,7 +89,7 @@ class SamplingConfig(RunConfig):
     sampler: str = option(
         "",
         f"{', '.join(SAMPLERS)}; empty: ddpm, or ddim with use_ddim. dpm++2m and unipc (no noise) and dpm++2m-sde want "
-        "10 to 25 steps with --timestep_respacing logsnr20 and the like",
+        "10 to 25 steps with --timestep_respacing logsnr20 and the like; euler and heun are for linear_path",
         later=True,
     )
     use_ddim: bool = option(False, "--sampler ddim; goes with a respacing like ddim25")

@@ -17,6 +17,7 @@ from .model import (
 from .runs import LikelihoodConfig, SamplingConfig, UpsamplingConfig
 from .stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
 from .training import ClassifierTrainingConfig, TrainingConfig
+from .transformer import TransformerConfig
 
 
 class Script(NamedTuple):
@@ -27,14 +28,15 @@ class Script(NamedTuple):
 
 
 MODEL = (NetworkConfig, DiffusionConfig)
+SAMPLED = (*MODEL, TransformerConfig)
 TRAINED = (TrainedNetworkConfig, DiffusionConfig)
 GUIDANCE = (GuidanceConfig, OtherGuidanceConfig)
 OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
 """Settings of networks that are none of a classifier's."""
 
 SCRIPTS = {
-    "image_sample": Script((SamplingConfig, *GUIDANCE, *MODEL)),
-    "classifier_sample": Script((SamplingConfig, *GUIDANCE, ClassifierGuidanceConfig, *MODEL, ClassifierConfig)),
+    "image_sample": Script((SamplingConfig, *GUIDANCE, *SAMPLED)),
+    "classifier_sample": Script((SamplingConfig, *GUIDANCE, ClassifierGuidanceConfig, *SAMPLED, ClassifierConfig)),
     "super_res_sample": Script(
         (SamplingConfig, UpsamplingConfig, *MODEL),
         (*OF_OTHER_SIZES, "labels", "balanced_labels", "init_image", "strength"),
@@ -44,8 +46,8 @@ SCRIPTS = {
     "classifier_train": Script((ClassifierTrainingConfig, ClassifierConfig, *TRAINED), OF_OTHER_NETWORKS),
     "super_res_train": Script((TrainingConfig, SuperResolutionConfig, *TRAINED), OF_OTHER_SIZES),
     "image_nll": Script((LikelihoodConfig, *MODEL)),
-    "noise_gain": Script((NoiseGainConfig, SamplingConfig, *GUIDANCE, *MODEL)),
-    "attention_report": Script((ReportConfig, SamplingConfig, *GUIDANCE, *MODEL)),
+    "noise_gain": Script((NoiseGainConfig, SamplingConfig, *GUIDANCE, *SAMPLED)),
+    "attention_report": Script((ReportConfig, SamplingConfig, *GUIDANCE, *SAMPLED)),
 }
 
 

@@ -92,6 +92,7 @@ class LatentPipeline:
     """
 
     samples_version: ClassVar[int] = 2
+    nearest_levels: ClassVar[bool] = False
 
     config: StableDiffusionConfig
     model: StableDiffusion
@@ -124,7 +125,7 @@ class LatentPipeline:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        side = self.model.unet.config.sample_size * self.model.factor
+        side = self.model.unet.config.sample_size * self.model.autoencoder.factor
         return self.config.height or side, self.config.width or side, 3
 
     @cached_property
@@ -234,7 +235,9 @@ class LatentPipeline:
                     if sag in guided.last_step.recorded:
                         selected = selected + sag.mask(guided.last_step)[:, 0].float()
                         masks += 1
-            finals.append(pictures.to_uint8(self.images(state.x)))
+            finals.append(pictures.to_uint8(self.images(state.x), self.nearest_levels))
         share = (selected / max(1, masks)) + torch.zeros(count, *state.x.shape[2:], device=state.x.device)
-        pixels = share.repeat_interleave(self.model.factor, 1).repeat_interleave(self.model.factor, 2)
+        pixels = share.repeat_interleave(self.model.autoencoder.factor, 1).repeat_interleave(
+            self.model.autoencoder.factor, 2
+        )
         return pictures.comparison(finals[0], pixels.cpu().numpy(), finals[1])

@@ -1,5 +1,6 @@
 """Reading and writing weights safely: nothing that can execute code is loaded, nothing half-written is left."""
 
+import argparse
 import logging
 import re
 import zipfile
@@ -38,6 +39,8 @@ def save_atomically(state: Any, path: str | Path) -> None:
 
 def load_state_dict(path: str) -> StateDict:
     """Tensors by name from a file of weights, as `load`; wrappers (`{"state_dict": …}`, `WRAPPERS`) are taken off.
+
+    Of a training's `{"model": …, "ema": …}` (DiT's and SiT's) the moving average is read.
 
     Tensors may be mapped from the file: copy them before the file changes.
     """
@@ -83,7 +86,9 @@ def read_pt(file: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
         is_zip = zipfile.is_zipfile(file)
         damaged = is_zip and zipfile.ZipFile(file).testzip()
         if not damaged:
-            return torch.load(file, map_location, weights_only=True, mmap=mmap and is_zip)
+            # A training's arguments, as argparse has them, are plain values by name.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(file, map_location, weights_only=True, mmap=mmap and is_zip)
     except Exception as error:
         if "map_location" in str(error):  # the device that was asked for is not there
             raise
@@ -107,8 +112,8 @@ def _state_of(loaded: Any, path: str) -> StateDict:
         if "emas" in loaded:
             raise ValueError(f"{path}: the state of a training run; its weights are in the ema_….pt beside it")
         wrapped = [key for key, value in loaded.items() if _is_state(value)]
-        if len(wrapped) == 1:
-            loaded = loaded[wrapped[0]]
+        if len(wrapped) == 1 or (set(wrapped) == {"model", "ema"}):
+            loaded = loaded["ema" if "ema" in wrapped else wrapped[0]]
         elif wrapped:
             names = ", ".join(map(str, wrapped))
             raise ValueError(f"{path}: holds several networks ({names}); save the one you mean by itself")

@@ -28,6 +28,8 @@ LICENCES = {
     f"{OPENAI}jul-2021/": "none is named for the file; that of the code it belongs to, guided-diffusion, is MIT; its "
     "model card asks for research use only",
     f"{OPENAI}march-2021/": "none is named for the file; that of the code it belongs to, improved-diffusion, is MIT",
+    "https://dl.fbaipublicfiles.com/DiT/": "CC BY-NC 4.0, code and weights of DiT: not for commercial use",
+    "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/": "MIT, that of SiT's code",
 }
 """What is known of the licence of published files, by how their addresses begin."""
 

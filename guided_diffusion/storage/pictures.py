@@ -15,8 +15,8 @@ from torch import Tensor
 from .files import write_atomically
 
 WHITE = 255
-UINT8_RULE = "trunc(127.5x + 127.5)"
-"""What `to_uint8` does, for a manifest."""
+UINT8_RULES = {False: "trunc(127.5x + 127.5)", True: "trunc(127.5x + 128)"}
+"""What `to_uint8` does, for a manifest: upstream's rule, and the nearest level, as DiT and EDM2 have it."""
 SHOWN = 16
 PANEL_WIDTH = 550
 
@@ -24,15 +24,16 @@ MADE_BY = "made by"
 """The key of a PNG's text."""
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """[N, C, H, W] in [−1, 1] to [N, H, W, C] uint8, rounded as upstream does.
+def to_uint8(x: Tensor, nearest: bool = False) -> np.ndarray:
+    """[N, C, H, W] in [−1, 1] to [N, H, W, C] uint8, by one of the `UINT8_RULES`: upstream's, or the nearest level.
 
     A FloatingPointError names images that are not finite, which would come out black.
     """
     wrong = (~x.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if wrong:
         raise FloatingPointError(f"images {', '.join(map(str, wrong[:8]))} of {len(x)} are not finite")
-    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    levels = 127.5 * x + 128 if nearest else (x + 1) * 127.5
+    return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:

@@ -12,7 +12,8 @@ from PIL import Image
 from ..diffusion.samplers import State
 from ..guidance.base import GuidedDenoiser
 from ..guidance.masked_blur import MaskedBlur
-from ..runs.pipeline import ImagePipeline
+from ..guidance.masks import upsampled
+from ..runs.pipeline import ImagePipeline, pixels
 from ..runs.prepare import Prepared
 from ..runs.ranks import Job
 from ..runs.run import run
@@ -44,7 +45,8 @@ class MaskCounter:
 
     def __call__(self, indices: Sequence[int], _state: State, guided: GuidedDenoiser) -> None:
         if self._guidance in guided.last_step.recorded:
-            self._selected[list(indices)] += self._guidance.mask(guided.last_step)[:, 0].cpu().numpy()
+            mask = upsampled(self._guidance.mask(guided.last_step), self._selected.shape[1:])  # of latents, where x is
+            self._selected[list(indices)] += mask[:, 0].cpu().numpy()
             self._steps[list(indices)] += 1
 
     @property
@@ -70,7 +72,7 @@ def same_noise(pipeline: ImagePipeline, count: int) -> SameNoise:
         for state, guided in pipeline.trajectory(indices):
             if observe:
                 observe(indices, state, guided)
-        return pictures.to_uint8(state.x)
+        return pixels(pipeline, state.x)
 
     masked = [guidance for guidance in pipeline.guidances if isinstance(guidance, MaskedBlur) and guidance.scale]
     counter = MaskCounter(masked[0], len(indices), pipeline.side) if masked else None

@@ -71,7 +71,7 @@ def seconds_per_step(pipeline: ImagePipeline) -> tuple[float, float]:
     if pipeline.device.type == "cpu":
         count = min(count, 16) if pipeline.side <= 64 else 1
     condition = pipeline.condition(range(count))
-    x = torch.zeros(count, 3, pipeline.side, pipeline.side, device=pipeline.device)
+    x = torch.zeros(count, *pipeline.x_shape, device=pipeline.device)
     t = torch.zeros(count, dtype=torch.int64, device=pipeline.device)
 
     def timed(work: Callable[[], object]) -> float:

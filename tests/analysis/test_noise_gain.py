@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from guided_diffusion.analysis.noise_gain import NoiseGain
 from guided_diffusion.diffusion.denoiser import Prediction
 from guided_diffusion.diffusion.diffusion import build_diffusion
+from guided_diffusion.diffusion.flow import LinearPath
 from guided_diffusion.diffusion.noise import SampleNoise
 from guided_diffusion.settings.model import DiffusionConfig
 from guided_diffusion.settings.shipped import shipped
@@ -60,3 +62,10 @@ def test_bad_settings(capsys):
             run("noise_gain", config="emoji", **flags)
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_noise_alone_has_no_gain():
+    process = LinearPath(np.array([0.5, 1.0]))
+    NoiseGain(None, process, [0], 0.1)
+    with pytest.raises(ValueError, match="noise_levels: the highest one is noise alone"):
+        NoiseGain(None, process, [0, 1], 0.1)

@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from guided_diffusion.networks.building import build_classifier
-from guided_diffusion.networks.unet import UNetModel, _say
+from guided_diffusion.networks.precision import _say
+from guided_diffusion.networks.unet import UNetModel
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings.model import ClassifierConfig
 from running import refused, run

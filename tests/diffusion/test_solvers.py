@@ -16,11 +16,13 @@ from guided_diffusion.guidance.base import GuidedDenoiser
 from guided_diffusion.guidance.classifier import with_classifier
 from guided_diffusion.runs.pipeline import SAMPLERS
 from guided_diffusion.script_util import create_guidance, create_model_and_diffusion
+from guided_diffusion.settings.runs import FLOW_SAMPLERS
 from running import refused, run
 from small import SMALL, randomised
 
 ODE = {"ddim": samplers.ddim, "dpm++2m": solvers.dpm_solver_2m, "unipc": solvers.unipc}
-NEW = {name: sample for name, sample in SAMPLERS.items() if name not in ("ddpm", "ddim")}
+DIFFUSION = {name: sample for name, sample in SAMPLERS.items() if name not in FLOW_SAMPLERS}
+NEW = {name: sample for name, sample in DIFFUSION.items() if name not in ("ddpm", "ddim")}
 each_new = pytest.mark.parametrize("sample", NEW.values(), ids=NEW)
 SHAPE = (2, 3, 16, 16)
 MEAN, STD = 0.3, 0.5
@@ -166,7 +168,7 @@ def of_label(denoiser, value, spread):
     return with_classifier(denoiser, gradient)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ddpm"])
+@pytest.mark.parametrize("name", [name for name in DIFFUSION if name != "ddpm"])
 def test_a_classifier_leads_to_the_data_of_its_class(name):
     """Bayes: N(MEAN, STD²) seen through y of spread τ is N((MEAN τ² + y STD²) / (STD² + τ²), STD² τ² / (STD² + τ²))."""
     process = evenly_spaced(200)
@@ -280,7 +282,7 @@ def sampled(flags, out_dir, **more):
 
 
 def test_every_sampler_makes_other_images(flags, tmp_path):
-    made = [sampled(flags, tmp_path / name, sampler=name) for name in SAMPLERS]
+    made = [sampled(flags, tmp_path / name, sampler=name) for name in DIFFUSION]
     for i, one in enumerate(made):
         assert not any(np.array_equal(one, other) for other in made[:i])
 
@@ -296,8 +298,8 @@ def test_two_names_of_one_sampler(flags, tmp_path, capsys):
     capsys.readouterr()
     said = refused(capsys, "image_sample", **flags, sampler="unipc", use_ddim=True, out_dir=tmp_path / "both")
     assert said == "error: sampler, use_ddim: unipc is not ddim; give one of the two\n"
-    said = refused(capsys, "image_sample", **flags, sampler="euler", out_dir=tmp_path / "euler")
-    assert "sampler: wanted ddpm, ddim, dpm++2m, dpm++2m-sde, unipc, got 'euler'" in said
+    said = refused(capsys, "image_sample", **flags, sampler="pndm", out_dir=tmp_path / "pndm")
+    assert "sampler: wanted ddpm, ddim, dpm++2m, dpm++2m-sde, unipc, euler, heun, got 'pndm'" in said
 
 
 def test_a_sampler_replaces_use_ddim_of_a_file(flags, tmp_path):

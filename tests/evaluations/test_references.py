@@ -124,14 +124,14 @@ def test_dinov2_of_statistics_needs_a_network_of_their_dimension(tmp_path, sampl
 
 def test_the_rule_that_made_uint8(tmp_path, samples):
     """What a run says of itself, where it is not guided-diffusion's, is among the reasons."""
-    assert evaluation.UINT8 == storage.UINT8_RULE
+    assert storage.UINT8_RULES[False] == evaluation.UINT8
     levels = torch.arange(256).float()
     x = torch.cat([(levels + 0.49) / 127.5 - 1, (levels + 0.51) / 127.5 - 1, (levels + 0.99) / 127.5 - 1])
     by_rule = (127.5 * x + 127.5).trunc().clamp(0, 255)
     assert (storage.to_uint8(x.view(1, 1, 1, -1)).ravel() == by_rule.numpy()).all()
     run = tmp_path / "run"
     shard(run / "shards", 0, pictures(150, 32))
-    for rule, is_told in ((storage.UINT8_RULE, False), ("trunc(127.5x + 128)", True), (None, False)):
+    for rule, is_told in ((storage.UINT8_RULES[False], False), (storage.UINT8_RULES[True], True), (None, False)):
         said = {} if rule is None else {"uint8": rule}
         (run / "manifest.json").write_text(json.dumps({"samples": 150, **said}))
         found = result(tmp_path, samples, run, *EMOJI)

@@ -3,12 +3,17 @@
 The device is torch's `meta`, which has shapes and no numbers: to read one is an error.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.diffusion import samplers
+from guided_diffusion.diffusion.denoiser import ModelMeanType
+from guided_diffusion.diffusion.diffusion import Diffusion
+from guided_diffusion.diffusion.flow import LinearPath
+from guided_diffusion.diffusion.losses import LossType
 from guided_diffusion.diffusion.noise import SampleNoise, Samples
 from guided_diffusion.diffusion.solvers import SAMPLERS
 from guided_diffusion.diffusion.times import every_row, known, on_host
@@ -23,6 +28,7 @@ from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import SmoothedEnergyGuidance
 from guided_diffusion.networks.attention import find_block
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.settings.runs import FLOW_SAMPLERS
 from small import SMALL, randomised
 
 META = torch.device("meta")
@@ -88,6 +94,9 @@ def on_meta():
 def trajectory(on_meta, guidances, sampler="ddpm", cond_fn=None):
     """How often a step waits to send something, in all but the first, which makes what is kept."""
     network, diffusion = on_meta
+    if sampler in FLOW_SAMPLERS:
+        path = LinearPath(np.arange(1, 4) / 3)
+        diffusion = Diffusion(path, ModelMeanType.VELOCITY, None, LossType.MSE).called_by(sampler)
     samples = Samples(0, range(2))
     guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, guidances, samples)
     denoiser = with_classifier(guided, cond_fn) if cond_fn else guided

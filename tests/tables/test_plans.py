@@ -13,7 +13,7 @@ from evaluations.emoji import emoji_features
 from guided_diffusion.diffusion.diffusion import build_diffusion
 from guided_diffusion.guidance.base import evaluations
 from guided_diffusion.guidance.building import guidances_of
-from guided_diffusion.networks.building import build_classifier, build_network
+from guided_diffusion.networks.building import build_classifier, build_network, build_transformer
 from guided_diffusion.runs.prepare import Configs
 from guided_diffusion.settings.options import parse_args
 from guided_diffusion.settings.shipped import shipped
@@ -46,13 +46,15 @@ def settings_of(row):
 
 
 @functools.cache
-def network_of(config, learn_sigma):
+def network_of(config, learn_sigma, transformer):
     with torch.device("meta"):
+        if transformer.network:
+            return build_transformer(transformer, config, learn_sigma)
         return build_network(config, learn_sigma)
 
 
 def guidances(settings):
-    network = network_of(settings.network, settings.diffusion.learn_sigma)
+    network = network_of(settings.network, settings.diffusion.learn_sigma, settings.transformer)
     return guidances_of(settings.sag, settings.others, network, settings.network, settings.sampling.labels)
 
 
@@ -72,6 +74,12 @@ def what_it_is(row):
         "layer": settings.sag.block_name,
         "mask": settings.sag.sag_mask,
         "share": settings.sag.sag_mask_share,
+        "sag_channels": settings.sag.sag_channels,
+        "cfg": settings.others.cfg_scale,
+        "cfg_channels": settings.others.cfg_channels,
+        "network": settings.transformer.network,
+        "latent_factor": settings.transformer.latent_factor,
+        "clip_denoised": settings.sampling.clip_denoised,
         "cg": classifier_scale(settings),
         "steps": build_diffusion(settings.diffusion).num_timesteps,
         "samples": settings.sampling.num_samples,
@@ -112,7 +120,7 @@ def test_guidance_of_every_row(plan, row):
             build_classifier(settings.network.image_size, settings.classifier, settings.network.num_classes)
     if plan not in OURS:
         assert settings.sag.fidelity == "corrected"
-        assert not any(scales[1:])
+        assert plan == "table4" or not any(scales[1:])
         process = build_diffusion(settings.diffusion).process
         for guidance in built:
             assert guidance.schedule.every == 1
@@ -122,7 +130,7 @@ def test_guidance_of_every_row(plan, row):
 def test_rows_that_say_unguided_are_unguided():
     off = ("s = 0", "with classes", "no SAG", "no guidance")
     rows = [row for _, row in RUNS if row.label in off or row.label.startswith("unguided")]
-    assert len(rows) == 23
+    assert len(rows) == 24
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 

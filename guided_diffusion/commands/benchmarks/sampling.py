@@ -51,7 +51,7 @@ def stepping(argv: list[str], path: str, count: int) -> Callable[[], object]:
 def calling(argv: list[str], path: str) -> Callable[[], object]:
     """What calls the network once."""
     pipeline = pipeline_of(argv, path, weights=False)
-    x = torch.randn(pipeline.config.batch_size, 3, pipeline.side, pipeline.side, device=pipeline.device)
+    x = torch.randn(pipeline.config.batch_size, *pipeline.x_shape, device=pipeline.device)
     t = torch.zeros(len(x), dtype=torch.int64, device=pipeline.device)
     return torch.no_grad()(lambda: pipeline.network(x, t))
 
