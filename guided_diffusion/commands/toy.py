@@ -96,8 +96,8 @@ def main() -> None:
         points = sampled(model, guided_by, y, args.seed)
         found[name] = compare(points, y, truth, drawn)
         panels.append((name, panel(points, y, behind)))
-        by_weak = weak_evaluations(guided_by, args.steps)
-        passes = f"{evaluations(guided_by, args.steps)}" + (f" + {by_weak}" if by_weak else "")
+        by_weak = weak_evaluations(guided_by, process)
+        passes = f"{evaluations(guided_by, process)}" + (f" + {by_weak}" if by_weak else "")
         print(_line(name, passes, found[name]))
     with exit_on_bad_input("--out"):
         if args.out:

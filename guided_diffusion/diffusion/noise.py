@@ -58,32 +58,49 @@ class Samples:
         return torch.from_numpy(np.stack(rows))
 
 
+def sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows of the host on a device; a GPU goes on with its work while they are on their way.
+
+    From pinned memory, which torch keeps and gives away again only when the copy is made.
+    """
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+
 class SampleNoise:
     """Standard normal noise of samples `indices`, shape (C, H, W) each, float32 on `device`.
 
     `x_T()` is the first noise; calling the object with a step gives that step's noise and begins to draw the noise
-    of the step below it in another thread.
+    of the step below it in another thread, which on a GPU also sends it, beside the GPU's work.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
         check_seed(seed)
-        self._seed, self._indices, self._shape, self._device = seed, list(indices), tuple(shape), device
+        self._seed, self._indices, self._shape, self._device = seed, list(indices), tuple(shape), torch.device(device)
+        self._beside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._ahead: tuple[int, Future[Tensor]] | None = None
 
     def x_T(self) -> Tensor:
-        return self._draw(X_T, 0).to(self._device)
+        return self._arrived(self._draw(X_T, 0))
 
     def __call__(self, step: int) -> Tensor:
         ready = self._ahead if self._ahead and self._ahead[0] == step else None
-        noise = ready[1].result() if ready else self._draw(STEP, step)
+        noise = self._arrived(ready[1].result() if ready else self._draw(STEP, step))
         self._ahead = (step - 1, _drawing.submit(self._draw, STEP, step - 1)) if step > 1 else None
-        return noise.to(self._device)
+        return noise
 
     def _draw(self, purpose: int, step: int) -> Tensor:
-        rows = np.empty((len(self._indices), *self._shape), dtype=np.float32)
-        for row, index in zip(rows, self._indices, strict=True):
+        rows = torch.empty(len(self._indices), *self._shape, pin_memory=self._beside is not None)
+        for row, index in zip(rows.numpy(), self._indices, strict=True):
             generator(self._seed, index, purpose, step).standard_normal(dtype=np.float32, out=row)
-        return torch.from_numpy(rows)
+        with torch.cuda.stream(self._beside):  # of None, nothing
+            return rows.to(self._device, non_blocking=self._beside is not None)
+
+    def _arrived(self, rows: Tensor) -> Tensor:
+        """The rows, which the GPU's work waits for from here on, but not the host."""
+        if self._beside is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._beside)
+            rows.record_stream(torch.cuda.current_stream(self._device))
+        return rows
 
 
 def torch_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:

@@ -128,7 +128,7 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
     weak = _weak_network(configs, diffusion, network, device, weights)
     guided = Guided(network, about, configs.sampling.labels, weak)
     guidances = guidances_of(configs.sag, configs.others, configs.methods, guided)
-    line = describe_guidance(configs.sag, configs.others, configs.methods, guidances, diffusion.num_timesteps)
+    line = describe_guidance(configs.sag, configs.others, configs.methods, guidances, diffusion.process)
     if images:
         line += f"\nfrom {len(images)} given images: the last {made} of {steps} steps"
     if diffusion.num_timesteps > made:
@@ -164,6 +164,7 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
         init_images=images,
         latent_shape=(network.in_channels, *[network.input_size] * 2) if transformer.latent_factor else None,
         autoencoder=autoencoder,
+        samples_version=2 if configs.others.on and configs.sag.guide_start < diffusion.num_timesteps else 1,
     )
     return Prepared(pipeline, configs.resolved(), line)
 

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .options import option
 
@@ -15,12 +15,23 @@ def _check_finite(group: Any, *names: str) -> None:
 
 
 class Method(ABC):
-    """The settings of one guidance."""
+    """The settings of one guidance. prefix: how the names of its scale and of its schedule begin."""
+
+    prefix: ClassVar[str]
+
+    def __post_init__(self):
+        _check_finite(self, f"{self.prefix}_scale")
 
     @property
-    @abstractmethod
     def scale(self) -> float:
         """Its strength, 0 = off."""
+        return getattr(self, f"{self.prefix}_scale")
+
+    @property
+    def schedule(self) -> tuple[str, str]:
+        """The flag of its schedule, and what that says."""
+        name = f"{self.prefix}_schedule"
+        return name, getattr(self, name)
 
     @property
     @abstractmethod
@@ -32,6 +43,8 @@ class Method(ABC):
 class AutoguidanceConfig(Method):
     """autoguidance: away from what a weaker network of the same kind predicts"""
 
+    prefix = "autoguidance"  # no field
+
     autoguidance_scale: float = option(0.0, "strength: the paper's w − 1; needs weak_model_path", later=True)
     weak_model_path: str = option(
         "",
@@ -39,17 +52,14 @@ class AutoguidanceConfig(Method):
         path=True,
         later=True,
     )
+    autoguidance_schedule: str = option("", "as sag_schedule, for autoguidance", later=True)
 
     def __post_init__(self):
-        _check_finite(self, "autoguidance_scale")
+        super().__post_init__()
         if self.autoguidance_scale and not self.weak_model_path:
             raise ValueError("weak_model_path: autoguidance_scale needs the weights of a weak network")
         if self.weak_model_path and not self.autoguidance_scale:
             raise ValueError("autoguidance_scale: weak_model_path needs a strength other than 0")
-
-    @property
-    def scale(self) -> float:
-        return self.autoguidance_scale
 
     @property
     def said(self) -> str:
@@ -60,14 +70,10 @@ class AutoguidanceConfig(Method):
 class IndependentConditionConfig(Method):
     """independent condition guidance: another class, drawn at every step, in the place of a null label"""
 
+    prefix = "icg"  # no field
+
     icg_scale: float = option(0.0, "strength: the paper's w_ICG − 1; needs a network with classes", later=True)
-
-    def __post_init__(self):
-        _check_finite(self, "icg_scale")
-
-    @property
-    def scale(self) -> float:
-        return self.icg_scale
+    icg_schedule: str = option("", "as sag_schedule, for independent condition guidance", later=True)
 
     @property
     def said(self) -> str:
@@ -78,16 +84,16 @@ class IndependentConditionConfig(Method):
 class TimeStepConfig(Method):
     """time-step guidance: noise on the embedding of the timestep"""
 
+    prefix = "tsg"  # no field
+
     tsg_scale: float = option(0.0, "strength: the paper's w_TSG − 1", later=True)
     tsg_noise: float = option(1.0, "the noise's s, in units of the embedding's standard deviation", later=True)
     tsg_power: float = option(1.0, "α: the noise grows as (t/T)^α", later=True)
+    tsg_schedule: str = option("", "as sag_schedule, for time-step guidance", later=True)
 
     def __post_init__(self):
-        _check_finite(self, "tsg_scale", "tsg_noise", "tsg_power")
-
-    @property
-    def scale(self) -> float:
-        return self.tsg_scale
+        super().__post_init__()
+        _check_finite(self, "tsg_noise", "tsg_power")
 
     @property
     def said(self) -> str:
@@ -98,15 +104,11 @@ class TimeStepConfig(Method):
 class TokenPerturbationConfig(Method):
     """token perturbation guidance: shuffled tokens in tpg_blocks"""
 
+    prefix = "tpg"  # no field
+
     tpg_scale: float = option(0.0, "strength s", later=True)
     tpg_blocks: str = option("middle_block.1", "attention blocks, as pag_blocks", later=True)
-
-    def __post_init__(self):
-        _check_finite(self, "tpg_scale")
-
-    @property
-    def scale(self) -> float:
-        return self.tpg_scale
+    tpg_schedule: str = option("", "as sag_schedule, for token perturbation guidance", later=True)
 
     @property
     def said(self) -> str:
@@ -117,6 +119,8 @@ class TokenPerturbationConfig(Method):
 class SkippedLayersConfig(Method):
     """skip-layer and S² guidance: layers left out"""
 
+    prefix = "skip"  # no field
+
     skip_scale: float = option(0.0, "strength: S²'s ω", later=True)
     skip_layers: str = option(
         "middle_block.1",
@@ -126,13 +130,7 @@ class SkippedLayersConfig(Method):
     skip_drawn: int | None = option(
         None, "leave out so many of them, drawn for every sample and step (S²); empty: all of them", later=True
     )
-
-    def __post_init__(self):
-        _check_finite(self, "skip_scale")
-
-    @property
-    def scale(self) -> float:
-        return self.skip_scale
+    skip_schedule: str = option("", "as sag_schedule, for skip-layer guidance", later=True)
 
     @property
     def said(self) -> str:
@@ -144,15 +142,11 @@ class SkippedLayersConfig(Method):
 class MomentumConfig(Method):
     """momentum guidance: away from the average of earlier steps, without a network pass"""
 
+    prefix = "momentum"  # no field
+
     momentum_scale: float = option(0.0, "strength: the paper's α", later=True)
     momentum_decay: float = option(0.6, "β of the average; 0 is the step before alone (SG-prev)", later=True)
-
-    def __post_init__(self):
-        _check_finite(self, "momentum_scale")
-
-    @property
-    def scale(self) -> float:
-        return self.momentum_scale
+    momentum_schedule: str = option("", "as sag_schedule, for momentum guidance", later=True)
 
     @property
     def said(self) -> str:

@@ -65,11 +65,11 @@ def _built(row: Row, device: torch.device) -> ImagePipeline:
 
 
 def _evaluations(pipeline: ImagePipeline) -> int:
-    return evaluations(pipeline.guidances, pipeline.num_steps)
+    return evaluations(pipeline.guidances, pipeline.levels)
 
 
 def _weak_evaluations(pipeline: ImagePipeline) -> int:
-    return weak_evaluations(pipeline.guidances, pipeline.num_steps)
+    return weak_evaluations(pipeline.guidances, pipeline.levels)
 
 
 def seconds_per_step(pipeline: ImagePipeline) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 
 import dits
 from guided_diffusion.diffusion.noise import OTHER_CLASS, TIME_STEP, TOKENS, Samples
-from guided_diffusion.guidance.base import GuidedDenoiser, Interval, evaluations, weak_evaluations
+from guided_diffusion.guidance.base import GuidedDenoiser, evaluations, weak_evaluations
 from guided_diffusion.guidance.methods.autoguidance import Autoguidance
 from guided_diffusion.guidance.methods.building import Guided, build_method, layers_that_keep_shape
 from guided_diffusion.guidance.methods.independent_condition import IndependentConditionGuidance
@@ -17,6 +17,7 @@ from guided_diffusion.guidance.methods.momentum import MomentumGuidance
 from guided_diffusion.guidance.methods.skipped_layers import SkippedLayersGuidance
 from guided_diffusion.guidance.methods.time_step import TimeStepGuidance
 from guided_diffusion.guidance.methods.token_perturbation import TokenPerturbationGuidance
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.networks.altering import altered
 from guided_diffusion.networks.attention import find_block
 from guided_diffusion.networks.dit import DiT
@@ -96,8 +97,9 @@ def test_passes_are_counted_before_and_after_they_are_made(network, weak, name):
     guided = GuidedDenoiser(DIFFUSION.denoiser(network), DIFFUSION.process, [method], SAMPLES)
     for step in (1, 0):
         guided(X, at(step), Y)
-    assert guided.evaluations == evaluations([method], 2) == 2 * (1 + method.passes)
-    assert guided.weak_evaluations == weak_evaluations([method], 2) == (2 if name == "autoguidance" else 0)
+    two = DIFFUSION.process.first(2)
+    assert guided.evaluations == evaluations([method], two) == 2 * (1 + method.passes)
+    assert guided.weak_evaluations == weak_evaluations([method], two) == (2 if name == "autoguidance" else 0)
     assert hooks(network) == 0
 
 
@@ -265,7 +267,7 @@ def test_momentum_leads_away_from_the_average_of_earlier_steps(decay):
 
 def test_momentum_knows_the_guided_steps_only():
     factor = torch.tensor([1.0, 4.0, 9.0, 16.0, 25.0, 36.0, 49.0, 64.0])
-    momentum = MomentumGuidance(scale=1, decay=0, interval=Interval(high=0.5))
+    momentum = MomentumGuidance(scale=1, decay=0, schedule=Schedule(high=0.5))
     guided = GuidedDenoiser(partial(formula, factor=factor), DIFFUSION.process, [momentum])
     found = [guided(X, at(step), {}).eps / torch.sin(X) for step in reversed(range(8))]
     for got, wanted in zip(found, [64, 49, 36, 25, 16, 9 - 7, 4 - 5, 1 - 3], strict=True):
@@ -325,7 +327,9 @@ def test_methods_that_alter_layers_act_on_transformers_too():
         SkippedLayersConfig(skip_scale=1, skip_layers="blocks.1,blocks.2", skip_drawn=1),
         IndependentConditionConfig(icg_scale=1),
     ):
-        guided = GuidedDenoiser(given, DIFFUSION.process, [build_method(config, guided_by, {})], Samples(5, [0, 1]))
+        guided = GuidedDenoiser(
+            given, DIFFUSION.process, [build_method(config, guided_by, Schedule())], Samples(5, [0, 1])
+        )
         found = guided(x, at(4, 2), {"y": torch.tensor([1, 2])}).eps
         assert found.isfinite().all()
         assert not torch.allclose(found, plain)

@@ -54,7 +54,7 @@ def test_all_off_is_nothing_and_costs_nothing():
     [wanted], _ = trajectory()
     [got], _ = trajectory(ProjectedGuidance(eta=1), FrequencyScale(1))
     torch.testing.assert_close(got.eps, wanted.eps)
-    assert evaluations([Given(scale=1, transforms=(optimised,))], 10) == 10
+    assert evaluations([Given(scale=1, transforms=(optimised,))], PROCESS) == 10
 
 
 def test_projection_takes_away_what_lies_along_the_belief():

@@ -124,20 +124,20 @@ def test_guidance_of_every_row(plan, row):
     if plan in PUBLISHED:
         assert settings.sag.fidelity == "corrected"
         assert plan == "table4" or not any(scales[1:])
-        steps = build_diffusion(settings.diffusion).num_timesteps
+        process = build_diffusion(settings.diffusion).process
         for guidance in built:
-            assert guidance.every == 1
-            assert guidance.interval.steps(steps) == steps
+            assert guidance.schedule.every == 1
+            assert set(guidance.schedule.factors(process)) == {1.0}
 
 
 def test_rows_of_perturbed_attention_are_its_authors_settings():
     found = {}
     for row in PLANS["pag"].rows:
         settings = settings_of(row)
-        steps = build_diffusion(settings.diffusion).num_timesteps
-        built = guidances(settings)
+        process = build_diffusion(settings.diffusion).process
+        steps, built = process.num_timesteps, guidances(settings)
         assert len([guidance for guidance in built if guidance.scale]) == ("pag" in row.name)
-        assert evaluations(built, steps) == (2 * steps if "pag" in row.name else steps)
+        assert evaluations(built, process) == (2 * steps if "pag" in row.name else steps)
         found[row.name] = (settings.network.class_cond, settings.sampling.sampler_name, steps, row.published.get("fid"))
     assert found == {
         "uncond_ddpm_none": (False, "ddpm", 250, 26.21),
@@ -208,7 +208,7 @@ def test_our_plans_run_the_embedded_model(plan):
 def test_solvers_are_compared_at_the_network_evaluations_that_their_group_names():
     for row in PLANS["solvers"].rows:
         settings = settings_of(row)
-        found = evaluations(guidances(settings), build_diffusion(settings.diffusion).num_timesteps)
+        found = evaluations(guidances(settings), build_diffusion(settings.diffusion).process)
         if row.group == "many":
             assert found == (50 if "unguided" in row.label else 100)
         elif row.group == "unguided":

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -26,6 +25,7 @@ from ..base import Guidance, Transform
 from ..classifier_free import ClassifierFreeGuidance
 from ..masked_blur import MaskedBlur
 from ..perturbed_attention import PerturbedAttentionGuidance
+from ..schedule import Schedule, changed
 from ..smoothed_energy import SmoothedEnergyGuidance
 from .autoguidance import Autoguidance
 from .independent_condition import IndependentConditionGuidance
@@ -97,10 +97,10 @@ def blocks_named(network: nn.Module, key: str, names: str) -> tuple[Replaceable,
         raise ValueError(f"{key}: {error}") from None
 
 
-def build_method(config: Method, guided: Guided, when: Mapping[str, Any]) -> Guidance:
-    """The guidance of a configuration. when: the fields that say at which steps it acts."""
+def build_method(config: Method, guided: Guided, when: Schedule) -> Guidance:
+    """The guidance of a configuration. when: the schedule that it has where its own flag does not say otherwise."""
     network = guided.network
-    common = {"scale": config.scale, **when}
+    common = {"scale": config.scale, "schedule": changed(when, *config.schedule)}
     match config:
         case AutoguidanceConfig():
             return Autoguidance(weak=guided.weak.denoiser, network=guided.weak.network, **common)

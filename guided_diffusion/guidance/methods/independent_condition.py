@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...diffusion.noise import OTHER_CLASS
+from ...diffusion.noise import OTHER_CLASS, sent
 from ..base import Guidance, Step
 
 
@@ -29,5 +29,5 @@ class IndependentConditionGuidance(Guidance):
     def difference(self, step: Step) -> Tensor:
         given = step.conditional
         y = given.condition["y"]
-        other = (step.uniform(1, OTHER_CLASS)[:, 0] * self.num_classes).long().to(y)
+        other = sent((step.uniform(1, OTHER_CLASS)[:, 0] * self.num_classes).to(y.dtype), y.device)
         return given.eps - step.denoise(given.x_t, given.t, {**given.condition, "y": other}).eps

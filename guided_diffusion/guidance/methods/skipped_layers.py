@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...diffusion.noise import BLOCKS
+from ...diffusion.noise import BLOCKS, sent
 from ...networks.altering import altered
 from ..base import Guidance, Step
 
@@ -49,4 +49,4 @@ class SkippedLayersGuidance(Guidance):
         if self.drawn is None:
             return torch.ones(len(x), len(self.layers), dtype=torch.bool, device=x.device)
         ranks = step.uniform(len(self.layers), BLOCKS).argsort(dim=1).argsort(dim=1)
-        return (ranks < self.drawn).to(x.device)
+        return sent(ranks < self.drawn, x.device)

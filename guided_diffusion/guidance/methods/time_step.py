@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ...diffusion.noise import TIME_STEP
+from ...diffusion.noise import TIME_STEP, sent
 from ...networks.altering import altered
 from ..base import Guidance, Step
 
@@ -36,7 +36,7 @@ class TimeStepGuidance(Guidance):
         time = (given.t.to(given.x_t.dtype) / given.process.num_timesteps)[:, None]
 
         def perturbed(_number: int, _input: Tensor, emb: Tensor) -> Tensor:
-            n = step.normal(emb.shape[1], TIME_STEP).to(emb)
+            n = sent(step.normal(emb.shape[1], TIME_STEP).to(emb.dtype), emb.device)
             return emb + self.noise * time.to(emb) ** self.power * emb.std(dim=1, keepdim=True) * n
 
         with altered(self.embedder, after=perturbed):

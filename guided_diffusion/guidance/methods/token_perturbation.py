@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ...diffusion.noise import TOKENS
+from ...diffusion.noise import TOKENS, sent
 from ...networks.altering import altered
 from ..base import Guidance, Step
 
@@ -30,7 +30,7 @@ class TokenPerturbationGuidance(Guidance):
     def difference(self, step: Step) -> Tensor:
         def shuffled(number: int, x: Tensor) -> Tensor:
             tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-            order = step.uniform(tokens.shape[1], TOKENS, number).argsort(dim=1).to(x.device)
+            order = sent(step.uniform(tokens.shape[1], TOKENS, number).argsort(dim=1), x.device)
             tokens = tokens.gather(1, order[:, :, None].expand_as(tokens))
             return tokens.transpose(1, 2).reshape(x.shape) if x.ndim == 4 else tokens
 

@@ -74,15 +74,12 @@ def optimised(difference: Tensor, step: Step, _guidance: Guidance) -> Tensor:
     return given.eps - given.with_output(_share(given.output, weak) * weak).eps
 
 
-BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
-
-
 def _smoothed(x: Tensor) -> Tensor:
-    channels = x.shape[1]
-    kernel = torch.tensor(BINOMIAL, dtype=x.dtype, device=x.device)
-    across = kernel.expand(channels, 1, 1, -1)
-    down = kernel[:, None].expand(channels, 1, -1, -1)
-    return F.conv2d(F.conv2d(F.pad(x, (2, 2, 2, 2), "reflect"), across, groups=channels), down, groups=channels)
+    """Blurred by 1, 4, 6, 4, 1 sixteenths along each axis, with reflected borders: means of neighbours, four times."""
+    x = F.pad(x, (2, 2, 2, 2), "reflect")
+    for _ in range(4):
+        x = F.avg_pool2d(x, 2, stride=1)
+    return x
 
 
 def low_frequencies(x: Tensor) -> Tensor:
