@@ -47,7 +47,7 @@ def sampled(flags, out_dir, **more):
     [
         ({"icg_scale": 2}, 4, ["independent condition guidance: s = 2, 2 of 2 steps"]),
         ({"tsg_scale": 2, "tsg_power": 0.25}, 4, ["time-step guidance: s = 2, noise 1 (t/T)^0.25, 2 of 2 steps"]),
-        ({"tpg_scale": 2, "guide_interval": "0,0.5"}, 3,
+        ({"tpg_scale": 2, "tpg_schedule": "t=0,0.5"}, 3,
          ["token perturbation guidance: s = 2 at middle_block.1, 1 of 2 steps"]),
         ({"skip_scale": 2, "skip_layers": "middle_block.1,input_blocks.1.0", "skip_drawn": 1}, 4,
          ["skip-layer guidance: s = 2, without 1 of middle_block.1,input_blocks.1.0, 2 of 2 steps"]),
@@ -103,6 +103,7 @@ def test_autoguidance_takes_a_smaller_network_in_half_precision(flags, weights, 
         ({"tsg_scale": 1, "cfg_zero": True, "transformed": "dog"}, "transformed: wanted names of sag, cfg, pag, seg"),
         ({"tsg_scale": 1, "cfg_zero": True, "transformed": "cfg"}, "CFG-Zero*: there is no guidance whose Δ could go"),
         ({"tsg_scale": 1, "apg_cap": 0}, "apg_cap: wanted more than 0"),
+        ({"momentum_scale": 1, "momentum_schedule": "t=2"}, "momentum_schedule: t: wanted lo,hi; got 't=2'"),
     ],
 )
 def test_wrong_flags_are_one_sentence(flags, weights, tmp_path, capsys, wrong, said):
