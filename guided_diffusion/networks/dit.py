@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..settings.transformer import dit_sizes
 from .attention import Attend, Listener, of_this_thread, split_new
 from .layers import embedded_labels, timestep_embedding, zero_module
-from .precision import WithTorso
+from .precision import WithTorso, compile_each
 
 TIMESTEP_WIDTH = 256
 EPS = 1e-6
@@ -158,8 +158,7 @@ class DiT(WithTorso):
 
     def compile_blocks(self) -> None:
         """Compile the MLPs, once for each shape; the attention between them stays open to hooks."""
-        for block in self.blocks:
-            block.mlp.compile(dynamic=False)
+        compile_each(block.mlp for block in self.blocks)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         wanted = (self.in_channels, self.input_size, self.input_size)

@@ -150,7 +150,7 @@ def inspect(shapes: Shapes, image_size: int | None = None) -> Checkpoint:
     found = _levels(shapes) if "time_embed.0.weight" in shapes and "input_blocks.0.0.weight" in shapes else None
     if not found:
         raise ValueError(
-            f"its tensors are those of no ADM or IDDPM network and no DiT, the first is {next(iter(shapes), 'none')}"
+            f"its tensors are those of no ADM, IDDPM or DiT network, the first is {next(iter(shapes), 'none')}"
         )
     levels, blocks = found
     channels, in_channels = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]

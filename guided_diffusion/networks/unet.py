@@ -23,12 +23,10 @@ from .layers import (
     timestep_embedding,
     zero_module,
 )
-from .precision import WithTorso
+from .precision import WithTorso, compile_each
 
 TORSO = ("input_blocks.", "middle_block.", "output_blocks.")
 FIRST = "input_blocks.0.0"
-RECOMPILE_LIMIT = 1024
-"""Blocks times batch sizes that may be compiled before torch goes on uncompiled; its own limit is 8."""
 
 
 class TimestepBlock(nn.Module):
@@ -309,10 +307,7 @@ class _Network(WithTorso):
 
     def compile_blocks(self) -> None:
         """Compile the residual blocks, once for each shape; the attention between them stays open to hooks."""
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                module.compile(dynamic=False)
+        compile_each(module for module in self.modules() if isinstance(module, ResBlock))
 
     def _time_embed(self) -> nn.Sequential:
         width = 4 * self.model_channels

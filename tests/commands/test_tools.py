@@ -168,7 +168,7 @@ def test_inspection_with_wrong_flags(tmp_path, capsys, wrong, said):
 
 def test_inspection_of_something_else(tmp_path, capsys):
     torch.save({"net.weight": torch.ones(2)}, tmp_path / "other.pt")
-    assert "those of no ADM or IDDPM network, the first is net.weight" in refused(
+    assert "those of no ADM, IDDPM or DiT network, the first is net.weight" in refused(
         capsys, "inspect_checkpoint", tmp_path / "other.pt"
     )
 

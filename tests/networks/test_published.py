@@ -147,7 +147,7 @@ def test_a_network_of_another_kind_is_named():
     network = NetworkConfig(**RIGHT)
     assert "is a classifier" in wrong_flags(PUBLISHED["adm_classifier256"], network, 256, True)
     assert "is a unet" in wrong_flags(PUBLISHED["adm_imagenet256_cond"], ClassifierConfig(), 256)
-    assert "no ADM or IDDPM network" in wrong_flags({"conv1.weight": [64, 3, 7, 7]}, network, 256, True)
+    assert "no ADM, IDDPM or DiT network" in wrong_flags({"conv1.weight": [64, 3, 7, 7]}, network, 256, True)
 
 
 def test_a_wrong_classifier_flag_is_named():

@@ -19,6 +19,7 @@ from guided_diffusion.settings.scripts import SCRIPTS
 from guided_diffusion.storage import pictures
 from guided_diffusion.storage.fetch import _terms
 from guided_diffusion.storage.given_images import GivenImages
+from guided_diffusion.tables.comparison import same_noise
 from latents import DATA, diffusers
 from running import refused, run
 
@@ -159,6 +160,14 @@ def test_the_attention_report_looks_into_a_transformer(base, tmp_path):
     run("attention_report", **flags, shown_steps=1, blocks="blocks.0,blocks.2", out_dir=tmp_path)
     found = json.loads((tmp_path / "attention.json").read_text())
     assert {row["block"] for row in found["ranking"]} == {"blocks.0", "blocks.2"}
+
+
+def test_masks_of_latents_are_drawn_over_the_images(base):
+    seen = same_noise(pipeline(base | {"num_samples": 2}), 2)
+    assert seen.unguided.shape == seen.guided.shape == (2, 64, 64, 3)
+    of_tokens = seen.share.reshape(2, 4, 16, 4, 16)
+    assert (of_tokens == of_tokens[:, :, :1, :, :1]).all()
+    assert 0 < seen.share.mean() < 1
 
 
 def test_the_licence_is_said_before_anything_is_fetched():
