@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .guidance.base import Guidance, Interval, Step
+from .guidance.base import Guidance, Step
 from .guidance.building import build_guidance
+from .guidance.schedule import Schedule
 from .settings.guidance import GuidanceConfig
 from .settings.options import merge
 
@@ -56,5 +57,5 @@ def guidances_of(
             found.append(sag(guide_start=num_timesteps, guide_interval=f"{low},{high}"))
         else:
             scale = float(guidance_kwargs["guide_scale"]) - 1
-            found.append(_PerturbedCall(scale=scale, interval=Interval(low, high), mode=mode))
+            found.append(_PerturbedCall(scale=scale, schedule=Schedule(low, high), mode=mode))
     return found

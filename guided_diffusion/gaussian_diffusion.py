@@ -25,6 +25,7 @@ from .diffusion.denoiser import Denoiser, ModelMeanType, ModelVarType, NetworkDe
 from .diffusion.diffusion import Diffusion
 from .diffusion.losses import LossType, discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .diffusion.process import ForwardProcess, betas_for_alpha_bar, get_named_beta_schedule
+from .diffusion.times import every_row
 from .guidance.base import Guidance, GuidedDenoiser
 from .guidance.classifier import gradient_of
 
@@ -55,7 +56,7 @@ TABLES = (
 
 def _extract_into_tensor(arr: np.ndarray, timesteps: Tensor, broadcast_shape: Sequence[int]) -> Tensor:
     """Values of an array [T] at timesteps [N], float32, expanded to a shape of N rows."""
-    values = torch.from_numpy(arr).to(timesteps.device)[timesteps].float()
+    values = torch.from_numpy(arr).float().to(timesteps.device)[timesteps]
     return values.reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
 
 
@@ -581,7 +582,7 @@ class GaussianDiffusion(Diffusion):
         if step_noise is not None:
             _takes(step.func, "noise")
         for number in tqdm(steps, disable=not progress):
-            t = torch.full((len(x),), number, device=x.device)
+            t = every_row(number, x)
             if step_noise is not None:
                 more["noise"] = step_noise(number)
             with torch.no_grad():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..diffusion.times import on_host
 from ..guidance.base import Guidance, Step
 from ..guidance.masks import attention_mask
 from ..guidance.self_attention import SelfAttentionGuidance
@@ -62,7 +63,7 @@ class Watch(Guidance):
         return record_attention(*self.blocks.values())
 
     def difference(self, step: Step) -> Tensor:
-        if (at := int(step.base.t[0])) in self.steps:
+        if (at := on_host(step.base.t)[0]) in self.steps:
             looks = {name: self._look(step, block) for name, block in self.blocks.items()}
             blurred = self._guidance(next(iter(self.blocks.values())), self.blur_sigmas[0]).blurred(step.base)
             self.seen(Look(step.indices, at, self.images(step.base.x0), self.images(blurred), looks))

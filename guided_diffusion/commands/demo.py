@@ -30,6 +30,7 @@ def main() -> None:
         sampling=replace(guided.sampling, out_dir=str(folder / "unguided")),
         sag=replace(sag, guide_scale=1.0, sag_scale=None),
         others=OtherGuidanceConfig(),
+        methods=(),
     )
     with exit_on_bad_input():
         if sag.scale == 0:

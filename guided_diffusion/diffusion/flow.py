@@ -10,6 +10,7 @@ from torch import Tensor
 from .denoiser import Condition, Denoiser, Prediction
 from .process import NoiseLevels
 from .samplers import Noise, State, ddim_belief, descend
+from .times import every_row
 
 
 class LinearPath(NoiseLevels):
@@ -86,7 +87,7 @@ def heun(
     for t in reversed(range(process.num_timesteps)):
         is_end = t % 2
         with torch.no_grad():
-            prediction = denoiser(x, torch.full((len(x),), t, device=x.device), condition)
+            prediction = denoiser(x, every_row(t, x), condition)
             move = -float(process.widths[t + is_end]) * slope(prediction)
             halfway, x = (halfway, halfway + move / 2) if is_end else (x + move / 2, x + move)
         yield State(t, x, prediction)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .denoiser import Condition, Denoiser, Prediction
 from .process import ForwardProcess, NoiseLevels
+from .times import every_row
 
 Noise = Callable[[int], Tensor]
 """Standard normal noise [N, C, H, W] of a step, counted in the respaced process; asked for once a step or never."""
@@ -96,7 +97,7 @@ def descend(
     x = x_T
     for t in reversed(range(process.num_timesteps)):
         with torch.no_grad():
-            prediction = denoiser(x, torch.full((len(x),), t, device=x.device), condition)
+            prediction = denoiser(x, every_row(t, x), condition)
             x = advance(prediction, noise(t) if noise and t else None)
         yield State(t, x, prediction)
 

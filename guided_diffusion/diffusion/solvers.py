@@ -18,6 +18,7 @@ from .denoiser import Condition, Denoiser
 from .flow import euler, heun
 from .process import ForwardProcess, half_log_snr
 from .samplers import Noise, State, ddim, ddim_belief, ddpm
+from .times import every_row
 
 
 class _Node(NamedTuple):
@@ -80,7 +81,7 @@ def _multistep(
     x = start = x_T
     for t in reversed(range(process.num_timesteps)):
         with torch.no_grad():
-            prediction = denoiser(x, torch.full((len(x),), t, device=x.device), condition)
+            prediction = denoiser(x, every_row(t, x), condition)
             x0, _ = ddim_belief(prediction)
             if correct and believed:
                 # The step that led here, once more: now x̂_0 at its end is known.

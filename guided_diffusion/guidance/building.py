@@ -1,23 +1,26 @@
 """From settings to guidances, and what is said of them."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from ..diffusion.process import NoiseLevels
 from ..networks.attention import Replaceable, find_block
 from ..networks.building import Denoising, lost_attention
 from ..networks.dit import DiT
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
-from ..settings.model import NetworkConfig
+from ..settings.methods import Method, TransformConfig
 from ..settings.options import numbers
 from ..storage.files import open_regular, read_arrays
-from .base import Guidance, Interval
+from .base import Guidance
 from .classifier_free import ClassifierFreeGuidance, null_class
 from .masked_blur import MaskedBlur, MaskGuidance
 from .masks import CentredSquare, GivenMaps, HighFrequency, Masking, RandomCells, everywhere
+from .methods.building import Guided, blocks_named, build_method, with_transforms
 from .perturbed_attention import PerturbedAttentionGuidance
+from .schedule import Schedule, changed
 from .self_attention import REFERENCE_KERNEL, SelfAttentionGuidance
 from .smoothed_energy import SmoothedEnergyGuidance
 
@@ -51,17 +54,12 @@ def _masking(config: GuidanceConfig) -> Masking:
     return kinds[config.sag_mask](config.sag_mask_share)
 
 
-def interval_of(guide_interval: str, guide_start: int | None = None) -> Interval:
-    """The guided part of the process that these flags mean."""
+def schedule_of(guide_interval: str, guide_every: int) -> Schedule:
+    """The schedule that the flags of all guidances mean."""
     low_high = numbers("guide_interval", guide_interval, float)
     if len(low_high) != 2:
         raise ValueError(f"guide_interval: wanted lo,hi, got {guide_interval!r}")
-    return Interval(*low_high, start=guide_start)
-
-
-def _when(config: GuidanceConfig) -> dict[str, Any]:
-    """The steps at which all guidances of a configuration act."""
-    return {"interval": interval_of(config.guide_interval, config.guide_start), "every": config.guide_every}
+    return Schedule(*low_high, every=guide_every)
 
 
 def _channels(network: Denoising, flag: str, channels: int | None) -> int | None:
@@ -95,7 +93,11 @@ def build_guidance(network: Denoising, config: GuidanceConfig) -> MaskedBlur:
         "blur_sigma": config.blur_sigma,
         "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,
         "channels": _channels(network, "sag_channels", config.sag_channels),
-        **_when(config),
+        "schedule": changed(
+            replace(schedule_of(config.guide_interval, config.guide_every), start=config.guide_start),
+            "sag_schedule",
+            config.sag_schedule,
+        ),
     }
     if config.sag_mask_share != GuidanceConfig.sag_mask_share and config.sag_mask in ("self-attention", "global"):
         raise ValueError(f"sag_mask_share: the mask {config.sag_mask} has no share that could be chosen")
@@ -116,77 +118,93 @@ def build_other_guidances(
 ) -> list[Guidance]:
     """The guidances of a configuration beside self-attention guidance, but those with scale 0.
 
-    when: says at which steps they act. null_label: the network's label for no class, None where it has none.
+    when: has the flags of all guidances. null_label: the network's label for no class, None where it has none.
     """
-    common = _when(when)
+    common = schedule_of(when.guide_interval, when.guide_every)
     guidances: list[Guidance] = []
     if config.cfg_scale:
         if null_label is None:
             raise ValueError("cfg_scale: needs a network with classes and a null label (class_cond, null_label)")
         channels = _channels(network, "cfg_channels", config.cfg_channels)
         null = null_class(null_label)
-        guidances.append(ClassifierFreeGuidance(scale=config.cfg_scale, null=null, channels=channels, **common))
-    if config.pag_scale:
-        blocks = _blocks(network, "pag_blocks", config.pag_blocks)
-        guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, **common))
-    if config.seg_scale:
-        blocks = _blocks(network, "seg_blocks", config.seg_blocks)
+        schedule = changed(common, "cfg_schedule", config.cfg_schedule)
         guidances.append(
-            SmoothedEnergyGuidance(scale=config.seg_scale, blocks=blocks, sigma=config.seg_sigma, **common)
+            ClassifierFreeGuidance(scale=config.cfg_scale, null=null, channels=channels, schedule=schedule)
+        )
+    if config.pag_scale:
+        blocks = blocks_named(network, "pag_blocks", config.pag_blocks)
+        schedule = changed(common, "pag_schedule", config.pag_schedule)
+        guidances.append(PerturbedAttentionGuidance(scale=config.pag_scale, blocks=blocks, schedule=schedule))
+    if config.seg_scale:
+        blocks = blocks_named(network, "seg_blocks", config.seg_blocks)
+        schedule = changed(common, "seg_schedule", config.seg_schedule)
+        guidances.append(
+            SmoothedEnergyGuidance(scale=config.seg_scale, blocks=blocks, sigma=config.seg_sigma, schedule=schedule)
         )
     return guidances
 
 
-def _blocks(network: Denoising, key: str, names: str) -> tuple[Replaceable, ...]:
-    try:
-        return tuple(find_block(network, name.strip()) for name in names.split(","))
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+def _acting(methods: Sequence[Method | TransformConfig]) -> tuple[list[Method], TransformConfig]:
+    """The guidances among these groups that have a strength, and the transforms, which are off where they are not."""
+    transforms = [group for group in methods if isinstance(group, TransformConfig)] or [TransformConfig()]
+    return [group for group in methods if not isinstance(group, TransformConfig) and group.scale], transforms[0]
 
 
 def guidances_of(
-    config: GuidanceConfig, others: OtherGuidanceConfig, network: Denoising, about: NetworkConfig, labels: str
+    config: GuidanceConfig, others: OtherGuidanceConfig, methods: Sequence[Method | TransformConfig], guided: Guided
 ) -> list[Guidance]:
-    """The guidances that flags ask for, self-attention guidance first.
+    """The guidances that flags ask for, self-attention guidance first, then in the order of their groups.
 
-    That one is checked also where its scale is 0, unless its flags are at their defaults. about: the network's
-    configuration. labels: the flag, to refuse classifier-free guidance where no sample has a class.
+    That one is checked also where its scale is 0, unless its flags are at their defaults.
     """
-    if others.cfg_scale and labels == "none":
+    network, about = guided.network, guided.about
+    if others.cfg_scale and guided.labels == "none":
         raise ValueError("cfg_scale: with labels none there is no class to guide to; give --labels random or classes")
     null_label = about.num_classes if about.class_cond and about.null_label else None
     guidances = build_other_guidances(network, others, config, null_label)
     off = GuidanceConfig(
         guide_start=config.guide_start, guide_interval=config.guide_interval, guide_every=config.guide_every
     )
-    return guidances if config == off else [build_guidance(network, config), *guidances]
+    if config != off:
+        guidances = [build_guidance(network, config), *guidances]
+    on, transforms = _acting(methods)
+    guidances += [build_method(method, guided, schedule_of(config.guide_interval, config.guide_every)) for method in on]
+    return with_transforms(guidances, transforms)
 
 
 def describe_guidance(
-    config: GuidanceConfig, others: OtherGuidanceConfig, guidances: Sequence[Guidance], num_timesteps: int
+    config: GuidanceConfig,
+    others: OtherGuidanceConfig,
+    methods: Sequence[Method | TransformConfig],
+    guidances: Sequence[Guidance],
+    process: NoiseLevels,
 ) -> str:
     """For people: a line for each guidance, and how many steps it acts at."""
     acting = [guidance for guidance in guidances if guidance.scale]
-    if not acting:
-        return "self-attention guidance: off"
-    steps = acting[0].interval.steps(num_timesteps)
-    at = f"{steps} of {num_timesteps} steps" + (f", every {config.guide_every}" if config.guide_every > 1 else "")
-    lines = []
-    if config.scale:
-        mask = f"ψ = {config.sag_threshold:g}, σ = {config.blur_sigma:g} at {config.block_name}"
-        if config.sag_mask != "self-attention":
-            share = "" if config.sag_mask == "global" else f" ({config.sag_mask_share:g})"
-            mask = f"{config.sag_mask} mask{share}, σ = {config.blur_sigma:g}"
-        where = _on(config.sag_channels)
-        lines.append(f"self-attention guidance: s = {config.scale:g}{where}, {mask}, {at}, {config.fidelity}")
-    if others.cfg_scale:
-        lines.append(f"classifier-free guidance: s_c = {others.cfg_scale:g}{_on(others.cfg_channels)}, {at}")
-    if others.pag_scale:
-        lines.append(f"perturbed-attention guidance: s = {others.pag_scale:g} at {others.pag_blocks}, {at}")
-    if others.seg_scale:
-        blur = f"σ = {others.seg_sigma:g} at {others.seg_blocks}"
-        lines.append(f"smoothed energy guidance: s = {others.seg_scale:g}, {blur}, {at}")
-    return "\n".join(lines)
+    on, transforms = _acting(methods)
+    first = acting[: len(acting) - len(on)]
+    said = [_described(config, others, guidance) for guidance in first] + [method.said for method in on]
+    lines = [f"{words}, {guidance.schedule.described(process)}" for words, guidance in zip(said, acting, strict=True)]
+    if lines and config.scale:
+        lines[0] += f", {config.fidelity}"
+    if transforms.said:
+        lines.append(f"the differences of {transforms.transformed or 'all'} go through {transforms.said}")
+    return "\n".join(lines) or "self-attention guidance: off"
+
+
+def _described(config: GuidanceConfig, others: OtherGuidanceConfig, guidance: Guidance) -> str:
+    scale = f"{guidance.scale:g}{_on(guidance.channels)}"
+    if isinstance(guidance, ClassifierFreeGuidance):
+        return f"classifier-free guidance: s_c = {scale}"
+    if isinstance(guidance, PerturbedAttentionGuidance):
+        return f"perturbed-attention guidance: s = {scale} at {others.pag_blocks}"
+    if isinstance(guidance, SmoothedEnergyGuidance):
+        return f"smoothed energy guidance: s = {scale}, σ = {guidance.sigma:g} at {others.seg_blocks}"
+    mask = f"ψ = {config.sag_threshold:g}, σ = {config.blur_sigma:g} at {config.block_name}"
+    if config.sag_mask != "self-attention":
+        share = "" if config.sag_mask == "global" else f" ({config.sag_mask_share:g})"
+        mask = f"{config.sag_mask} mask{share}, σ = {config.blur_sigma:g}"
+    return f"self-attention guidance: s = {scale}, {mask}"
 
 
 def _on(channels: int | None) -> str:

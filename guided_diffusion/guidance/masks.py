@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..diffusion.noise import sent
 from .base import Observation
 
 Masking = Callable[[Observation], Tensor]
@@ -94,7 +95,7 @@ class RandomCells(_Share):
     def __call__(self, step: Observation) -> Tensor:
         grid = [min(self.cells, side) for side in step.base.x_t.shape[2:]]
         chosen = top_share(step.uniform(math.prod(grid)).reshape(-1, *grid), self.share)
-        return chosen.to(step.base.x_t.device)
+        return sent(chosen, step.base.x_t.device)
 
 
 @dataclass(frozen=True)
@@ -128,5 +129,7 @@ class GivenMaps(_Share):
             raise ValueError("maps: holds numbers that are not finite")
 
     def __call__(self, step: Observation) -> Tensor:
-        maps = self.maps[torch.as_tensor(step.indices) % len(self.maps)].to(step.base.x_t.device)
-        return maps[:, None] if maps.dtype is torch.bool else top_share(maps, self.share)
+        if self not in step.memory:
+            maps = self.maps[torch.as_tensor(step.indices) % len(self.maps)].to(step.base.x_t.device)
+            step.memory[self] = maps[:, None] if maps.dtype is torch.bool else top_share(maps, self.share)
+        return step.memory[self]

@@ -1,8 +1,9 @@
 """Self-attention of the UNet, the score it gives each token, the recorder of that score, and the replacer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from threading import get_ident
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +16,10 @@ from ..diffusion.denoiser import hooks_seen, may_be_compiled
 from .layers import without_autocast
 
 ENTRIES_AT_A_TIME = 2**20
-"""Of attention maps that exist at once: 4 MB."""
+"""Of attention maps that exist at once on a CPU: 4 MB, which its cache holds."""
+
+ENTRIES_ON_DEVICES = 2**26
+"""And elsewhere, where each part costs a launch of every kernel: 256 MB."""
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -74,9 +78,12 @@ def split_new(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) over keys, in float32: [..., Q, d] and [..., T, d] to [..., Q queries, T keys]."""
-    with without_autocast(q.device):
-        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
-    return logits.softmax(dim=-1)
+    return _map(q.float() * q.shape[-1] ** -0.5, k.float())
+
+
+def _map(scaled_q: Tensor, k: Tensor) -> Tensor:
+    with without_autocast(k.device):
+        return (scaled_q @ k.transpose(-1, -2)).softmax(dim=-1)
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
@@ -96,12 +103,13 @@ def attention_score(q: Tensor, k: Tensor) -> Tensor:
     q, k: [N, heads, T, d]. Returns [N, T] float32, at least 0; its mean over tokens is 1.
     Only a part of one head's map exists at a time.
     """
-    n, heads, tokens, _ = q.shape
-    queries = max(1, ENTRIES_AT_A_TIME // (n * tokens))
+    n, heads, tokens, d = q.shape
+    entries = ENTRIES_AT_A_TIME if q.device.type == "cpu" else ENTRIES_ON_DEVICES
+    queries = max(1, entries // (n * tokens))
     score = torch.zeros(n, tokens, device=q.device)
     for head in range(heads):
-        parts = q[:, head].split(queries, dim=1)
-        score += _sum(attention_map(part, k[:, head]).sum(dim=1) for part in parts)
+        of_head, keys = q[:, head].float() * d**-0.5, k[:, head].float()
+        score += _sum(_map(part, keys).sum(dim=1) for part in of_head.split(queries, dim=1))
     return score / heads
 
 
@@ -138,21 +146,35 @@ UNHEARD = (
 
 
 class Scores(dict[Attends, Tensor]):
-    """Attention scores [rows, h, w] by block; a ValueError says that a block was not heard."""
+    """Attention scores [rows, h, w] by block; a ValueError says that a block was not heard.
+
+    skipped: so many rows at the beginning of a pass are not scored. heard: the rows of a pass so far, by block.
+    """
+
+    def __init__(self, skipped: int = 0):
+        super().__init__()
+        self.skipped = skipped
+        self.heard: Counter[Attends] = Counter()
 
     def __missing__(self, block: Attends) -> Tensor:
         raise ValueError(UNHEARD.format("attention that was to be recorded"))
 
+    def hear(self, block: Attends, q: Tensor, k: Tensor, grid: tuple[int, int]) -> None:
+        """Add the rows of a call."""
+        first = max(0, self.skipped - self.heard[block])
+        self.heard[block] += len(q)
+        if first < len(q):
+            score = attention_score(q[first:], k[first:]).unflatten(1, grid)
+            self[block] = torch.cat([self[block], score]) if block in self else score
 
-def last_rows(scores: Mapping[Attends, Tensor], rows: int, of: int) -> Scores:
-    """The scores of the last `rows` rows of a pass of so many; a ValueError if another number was heard."""
-    for score in scores.values():
-        if len(score) != of:
-            raise ValueError(
-                f"attention of {len(score)} rows was heard in a pass of {of}: the denoiser calls its network for more "
-                "or other rows (guided already? give all guidances to one GuidedDenoiser)"
-            )
-    return Scores({block: score[-rows:] for block, score in scores.items()})
+    def check(self, of: int) -> None:
+        """Raise a ValueError if another number of rows was heard than a pass has."""
+        for rows in self.heard.values():
+            if rows != of:
+                raise ValueError(
+                    f"attention of {rows} rows was heard in a pass of {of}: the denoiser calls its network for more "
+                    "or other rows (guided already? give all guidances to one GuidedDenoiser)"
+                )
 
 
 @contextmanager
@@ -167,12 +189,7 @@ def record_attention(*blocks: Attends, split: Split | None = None) -> Iterator[S
     how = {} if split is None else {"split": split}
 
     def listener_of(block: Attends) -> Listener:
-        @torch.no_grad()
-        def listener(q: Tensor, k: Tensor, grid: tuple[int, int]) -> None:
-            score = attention_score(q, k).unflatten(1, grid)
-            scores[block] = torch.cat([scores[block], score]) if block in scores else score
-
-        return listener
+        return torch.no_grad()(partial(scores.hear, block))
 
     with ExitStack() as stack:
         for block in blocks:

@@ -14,9 +14,9 @@ from torch import nn
 from ..settings.model import MOST_WIDTH, NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
 from ..settings.options import numbers
 from ..settings.transformer import TransformerConfig
-from ..storage.checkpoints import load_into
+from ..storage.checkpoints import load_into, load_state_dict
 from .dit import DiT, named
-from .inspection import CHANNEL_MULTS, wrong_flags
+from .inspection import CHANNEL_MULTS, inspect, wrong_flags
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 log = logging.getLogger(__name__)
@@ -184,6 +184,34 @@ def fill(
     size = network.image_size if isinstance(network, UNetModel) else config.image_size
     explain = partial(wrong_flags, network=config, image_size=size, learn_sigma=learn_sigma, transformer=kind)
     load_into(network, path, device, explain)
+
+
+SIZES = (
+    "num_channels",
+    "num_res_blocks",
+    "channel_mult",
+    "attention_resolutions",
+    "use_scale_shift_norm",
+    "resblock_updown",
+)
+"""The flags in which networks of the same kind differ, and which a checkpoint's shapes tell."""
+
+
+def sized(path: str, config: NetworkConfig, kind: TransformerConfig) -> tuple[NetworkConfig, TransformerConfig]:
+    """The same configuration of a network in the sizes that the shapes of its file tell; a ValueError if they do not.
+
+    What shapes do not tell is as it was.
+    """
+    try:
+        told = inspect({name: tensor.shape for name, tensor in load_state_dict(path).items()}, config.image_size).flags
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    sizes = {name: told[name] for name in SIZES if name in told}
+    if sizes.get("attention_resolutions") == "":  # which means a map of no side
+        sizes["attention_resolutions"] = "0"
+    if kind.network and "?" not in told.get("network", "?"):
+        kind = replace(kind, network=told["network"])
+    return replace(config, **sizes), kind
 
 
 def make_ready(network: Denoising | EncoderUNetModel, use_fp16: bool, compiled: bool = False) -> None:

@@ -26,6 +26,7 @@ from .layers import (
 from .precision import WithTorso, compile_each
 
 TORSO = ("input_blocks.", "middle_block.", "output_blocks.")
+FIRST = "input_blocks.0.0"
 
 
 class TimestepBlock(nn.Module):
@@ -274,9 +275,11 @@ class AttentionPool2d(nn.Module):
 class _Network(WithTorso):
     """What denoising networks and classifiers share: their blocks, and a torso that may compute in another dtype."""
 
+    input_blocks: nn.ModuleList
+
     def torso(self) -> Iterator[nn.Module]:
         for name, module in self.named_modules():
-            if name.startswith(TORSO) and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if name.startswith(TORSO) and name != FIRST and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 yield module
 
     def _embed(self, x: Tensor, timesteps: Tensor) -> Tensor:
@@ -284,6 +287,23 @@ class _Network(WithTorso):
         embedding = timestep_embedding(timesteps, self.model_channels)
         self.check_dtypes(x, embedding, self.time_embed, self.out)
         return self.time_embed(embedding)
+
+    def convert_to(self, dtype: torch.dtype) -> None:
+        """As `WithTorso`; the first layer is converted too, but not to bfloat16.
+
+        That would leave two digits of x_t, which is most of the error of the whole.
+        """
+        super().convert_to(dtype)
+        self.input_blocks[0].to(torch.float32 if dtype is torch.bfloat16 else dtype)
+
+    def _rising(self, x: Tensor, emb: Tensor) -> Iterator[Tensor]:
+        """What every input block puts out, one after the other, in the torso's dtype; the first has one of its own."""
+        own, dtype = self.input_blocks[0][0].weight.dtype, self.dtype
+        h = x.type(own)
+        for block in self.input_blocks:
+            h = block(h, emb)
+            h = h if own is dtype else h.type(dtype)
+            yield h
 
     def compile_blocks(self) -> None:
         """Compile the residual blocks, once for each shape; the attention between them stays open to hooks."""
@@ -418,12 +438,8 @@ class UNetModel(_Network):
         emb = self._embed(x, timesteps)
         if y is not None:
             emb = emb + embedded_labels(self.label_emb, y, len(x))
-        h = x.type(self.dtype)
-        skips = []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            skips.append(h)
-        h = self.middle_block(h, emb)
+        skips = list(self._rising(x, emb))
+        h = self.middle_block(skips[-1], emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h.type(x.dtype))
@@ -508,10 +524,13 @@ class EncoderUNetModel(_Network):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         emb = self._embed(x, timesteps)
-        h = x.type(self.dtype)
-        means = []
-        for block in [*self.input_blocks, self.middle_block]:
-            h = block(h, emb)
-            if self.pool.startswith("spatial"):
-                means.append(h.type(x.dtype).mean(dim=tuple(range(2, h.ndim))))
-        return self.out(torch.cat(means, dim=1) if means else h.type(x.dtype))
+        spatial, means = self.pool.startswith("spatial"), []
+        for h in self._rising(x, emb):
+            if spatial:
+                means.append(self._mean(h, x.dtype))
+        h = self.middle_block(h, emb)
+        return self.out(torch.cat([*means, self._mean(h, x.dtype)], dim=1) if spatial else h.type(x.dtype))
+
+    @staticmethod
+    def _mean(h: Tensor, dtype: torch.dtype) -> Tensor:
+        return h.type(dtype).mean(dim=tuple(range(2, h.ndim)))

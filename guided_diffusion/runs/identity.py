@@ -12,9 +12,11 @@ import torch
 
 from .. import __version__
 from ..settings.guidance import GuidanceConfig, OtherGuidanceConfig
+from ..settings.methods import METHODS
 from ..settings.model import ClassifierConfig
 from ..settings.options import later_defaults
 from ..settings.runs import SamplingConfig
+from ..settings.stable_diffusion import LatentGuidanceConfig, StableDiffusionConfig
 from ..settings.transformer import TransformerConfig
 from ..storage.fetch import local_path
 from ..storage.files import join, sha256
@@ -33,6 +35,7 @@ INPUT_FILES = (
     "model_path",
     "vae_path",
     "classifier_path",
+    "weak_model_path",
     "base_samples",
     "init_image",
     "sag_mask",
@@ -52,7 +55,16 @@ IN_MODELS = (".json", ".txt", ".safetensors")
 """The files of a model's folder that count."""
 
 
-LATER = later_defaults(SamplingConfig, GuidanceConfig, OtherGuidanceConfig, ClassifierConfig, TransformerConfig)
+LATER = later_defaults(
+    SamplingConfig,
+    GuidanceConfig,
+    OtherGuidanceConfig,
+    *METHODS,
+    ClassifierConfig,
+    TransformerConfig,
+    StableDiffusionConfig,
+    LatentGuidanceConfig,
+)
 """Settings that do not count at their defaults, so that folders older than the flag stay what they are."""
 
 
@@ -106,7 +118,8 @@ def device_name(device: torch.device) -> str:
 
 def made_by(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What results are made by here: they are equal to others' only up to rounding where it is not the same."""
-    return {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "versions": versions()}
+    by = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "versions": versions()}
+    return by | ({"tf32": torch.backends.cudnn.allow_tf32} if device.type == "cuda" else {})
 
 
 def distinct(makers: Iterable[tuple[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:

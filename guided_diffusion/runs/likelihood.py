@@ -23,6 +23,7 @@ from ..settings.runs import LikelihoodConfig
 from ..storage.files import join, json_text, sha256, write_atomically
 from ..storage.images import ImageFolder, check_images
 from .identity import distinct, identity, made_by, what_differs
+from .pipeline import tf32
 from .progress import Progress
 from .ranks import Job, new_key
 from .shards import Shards
@@ -128,8 +129,9 @@ def measure(
     order, key = chosen(config, len(images)), new_key("nll")
     count = len(order)
     parameter = next(network.parameters())
-    maker = made_by(parameter.device, parameter.dtype)
     with ExitStack() as stack:
+        stack.enter_context(tf32(False))
+        maker = made_by(parameter.device, parameter.dtype)
         made_of, todo = {}, []
         if job.rank == 0:
             with exit_on_bad_input():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import Condition, Denoiser
 from ..diffusion.diffusion import Diffusion
 from ..diffusion.noise import SampleNoise, Samples
+from ..diffusion.process import NoiseLevels
 from ..diffusion.samplers import State
 from ..diffusion.solvers import SAMPLERS
 from ..guidance.base import Guidance, GuidedDenoiser
@@ -34,12 +35,13 @@ class Pipeline(Protocol):
     """What makes sample i, of any kind of model.
 
     name: of the model, for a folder. shape: (H, W, 3) of an image. labelled: whether samples have a class, `y` of their
-    condition. num_steps: States of a trajectory. nearest_levels: how images become uint8 (`to_uint8`).
+    condition. num_steps: States of a trajectory. levels: the noise at those that guidances count.
+    nearest_levels: how images become uint8 (`to_uint8`).
     samples_version: a change of the code after which sample i is another raises it; samples of different versions do
     not share a folder. dtype: of the network's weights.
     """
 
-    samples_version: ClassVar[int]
+    samples_version: int
 
     config: RunConfig
     device: torch.device
@@ -49,6 +51,7 @@ class Pipeline(Protocol):
     labelled: bool
     num_steps: int
     nearest_levels: bool
+    levels: NoiseLevels
     guidances: Sequence[Guidance]
     dtype: torch.dtype
 
@@ -57,6 +60,17 @@ class Pipeline(Protocol):
 
     def images(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [−1, 1] of what the last state holds."""
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products on a GPU have TF32's short mantissa; as before on leaving."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def pixels(pipeline: Pipeline, x: Tensor) -> np.ndarray:
@@ -109,6 +123,11 @@ def make_shard(pipeline: Pipeline, indices: Sequence[int], batch_size: int, obse
     return Shard(np.concatenate(images), np.concatenate(labels) if labels else None, evaluations)
 
 
+def called(network: nn.Module, conditional: bool) -> Callable[..., Tensor]:
+    """A network as it is called with a condition, which it may not take."""
+    return network if conditional else lambda x, t, **_condition: network(x, t)
+
+
 @dataclass(frozen=True, eq=False)
 class ImagePipeline:
     """Everything that makes sample i, but i itself.
@@ -116,10 +135,9 @@ class ImagePipeline:
     side: of the images. condition_of: what sample i is made of. conditional: whether the network takes that condition;
     else only the classifier of `cond_fn` does. init_images: what samples begin with, under the noise of the first
     step that the diffusion makes (SDEdit, Meng et al. 2022). latent_shape: (C, h, w) of what the network sees, where
-    those are the latents of `autoencoder`, which is needed for images.
+    those are the latents of `autoencoder`, which is needed for images. samples_version: 2 where `guide_start` once kept
+    other guidances than self-attention guidance from acting.
     """
-
-    samples_version: ClassVar[int] = 1
 
     config: SamplingConfig
     side: int
@@ -133,6 +151,7 @@ class ImagePipeline:
     init_images: GivenImages | None = None
     latent_shape: tuple[int, int, int] | None = None
     autoencoder: Autoencoder | None = None
+    samples_version: int = 1
 
     @property
     def name(self) -> str:
@@ -150,6 +169,10 @@ class ImagePipeline:
     def x_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what is sampled and the network sees."""
         return self.latent_shape or (3, self.side, self.side)
+
+    @property
+    def levels(self) -> NoiseLevels:
+        return self.diffusion.process
 
     @property
     def nearest_levels(self) -> bool:
@@ -171,8 +194,7 @@ class ImagePipeline:
     @property
     def denoiser(self) -> Denoiser:
         """The network as a denoiser, without any guidance."""
-        network = self.network if self.conditional else lambda x, t, **_condition: self.network(x, t)
-        return self.diffusion.denoiser(network, self.config.clip_denoised)
+        return self.diffusion.denoiser(called(self.network, self.conditional), self.config.clip_denoised)
 
     def condition(self, indices: Sequence[int]) -> Condition:
         """What samples are made of, on the device."""
@@ -228,7 +250,7 @@ class ImagePipeline:
         pipeline = replace(self, config=config, guidances=[guidances] if isinstance(guidances, Guidance) else guidances)
         batch_size = config.batch_size or RunConfig.batch_size
         progress = Progress(Job(), "steps", n, 0, self.num_steps, log_json=False)
-        with closing(progress), pipeline.on(device or self.device) as there:
+        with closing(progress), tf32(config.tf32), pipeline.on(device or self.device) as there:
             shards = [
                 make_shard(there, indices, batch_size, lambda batch, *_step: progress.add(len(batch)))
                 for indices in batches(range(n), config.shard_size or batch_size)
@@ -239,6 +261,7 @@ class ImagePipeline:
     def on(self, device: torch.device | str) -> Iterator["ImagePipeline"]:
         """This pipeline on a device, where its networks are for as long as the `with` lasts."""
         networks = [part for part in (self.network, self.cond_fn, self.autoencoder) if isinstance(part, nn.Module)]
+        networks += [network for guidance in self.guidances for network in guidance.networks()]
         try:
             for network in networks:
                 network.to(device)

@@ -8,11 +8,12 @@ from typing import Any, get_type_hints
 
 import blobfile as bf
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..diffusion.diffusion import build_diffusion, check_first_step
+from ..diffusion.diffusion import Diffusion, build_diffusion, check_first_step
 from ..guidance.building import describe_guidance, guidances_of
 from ..guidance.classifier import ClassifierGradient
+from ..guidance.methods.building import Guided, WeakNetwork
 from ..networks.building import (
     Denoising,
     build_classifier,
@@ -21,10 +22,12 @@ from ..networks.building import (
     fill,
     fill_at_random,
     make_ready,
+    sized,
     unfilled,
 )
 from ..networks.inspection import wrong_flags
 from ..settings.guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
+from ..settings.methods import METHODS, AutoguidanceConfig, Method, TransformConfig
 from ..settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
 from ..settings.options import configure, resolved
 from ..settings.runs import NUM_SAMPLES, SamplingConfig
@@ -36,7 +39,7 @@ from ..storage.checkpoints import load_into
 from ..storage.files import join
 from ..storage.given_images import GivenImages
 from .conditions import Classes, unconditional
-from .pipeline import ImagePipeline
+from .pipeline import ImagePipeline, called
 from .ranks import Job
 
 IMAGE_GROUPS = SCRIPTS["image_sample"].groups
@@ -64,11 +67,15 @@ def _file(config: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Configs:
-    """The settings of image_sample.py by what they are of, or of classifier_sample.py, with the classifier's two."""
+    """The settings of image_sample.py by what they are of, or of classifier_sample.py, with the classifier's two.
+
+    methods: those of the guidances of `settings/methods.py`; a group that is not there is off.
+    """
 
     sampling: SamplingConfig
     sag: GuidanceConfig
     others: OtherGuidanceConfig
+    methods: Sequence[Method | TransformConfig] = ()
     by_classifier: ClassifierGuidanceConfig | None = None
     network: NetworkConfig
     diffusion: DiffusionConfig
@@ -78,12 +85,14 @@ class Configs:
     @classmethod
     def of(cls, configs: Sequence[Any]) -> "Configs":
         """Of configurations of IMAGE_GROUPS or CLASSIFIER_GROUPS, which are told by their types."""
-        kinds = get_type_hints(cls)
-        return cls(**{name: config for config in configs for name in kinds if isinstance(config, kinds[name])})
+        kinds = {name: kind for name, kind in get_type_hints(cls).items() if name != "methods"}
+        found = {name: config for config in configs for name in kinds if isinstance(config, kinds[name])}
+        return cls(**found, methods=[config for config in configs if isinstance(config, METHODS)])
 
     def resolved(self) -> dict[str, Any]:
         """All settings as one flat dict."""
-        return resolved(*filter(None, vars(self).values()))
+        groups = {name: group for name, group in vars(self).items() if name != "methods"}
+        return resolved(*filter(None, groups.values()), *self.methods)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +125,10 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
     check_first_step(diffusion)
     made, diffusion = diffusion.num_timesteps, diffusion.called_by(sampler)
     network = _unfilled(configs)
-    guidances = guidances_of(configs.sag, configs.others, network, about, configs.sampling.labels)
-    line = describe_guidance(configs.sag, configs.others, guidances, diffusion.num_timesteps)
+    weak = _weak_network(configs, diffusion, network, device, weights)
+    guided = Guided(network, about, configs.sampling.labels, weak)
+    guidances = guidances_of(configs.sag, configs.others, configs.methods, guided)
+    line = describe_guidance(configs.sag, configs.others, configs.methods, guidances, diffusion.process)
     if images:
         line += f"\nfrom {len(images)} given images: the last {made} of {steps} steps"
     if diffusion.num_timesteps > made:
@@ -153,8 +164,31 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
         init_images=images,
         latent_shape=(network.in_channels, *[network.input_size] * 2) if transformer.latent_factor else None,
         autoencoder=autoencoder,
+        samples_version=2 if configs.others.on and configs.sag.guide_start < diffusion.num_timesteps else 1,
     )
     return Prepared(pipeline, configs.resolved(), line)
+
+
+def _weak_network(
+    configs: Configs, diffusion: Diffusion, network: nn.Module, device: torch.device, weights: bool
+) -> WeakNetwork | None:
+    """The weak network of autoguidance, where that is on; without weights the network itself, which takes longer."""
+    [path] = [
+        method.weak_model_path for method in configs.methods if isinstance(method, AutoguidanceConfig) and method.scale
+    ] or [""]
+    if not path:
+        return None
+    about = configs.network
+    if weights:
+        try:
+            about, kind = sized(path, about, configs.transformer)
+            network = _unfilled(replace(configs, network=about, transformer=kind))
+            fill(network, path, about, configs.diffusion.learn_sigma, device, kind)
+        except ValueError as error:
+            raise ValueError(f"weak_model_path: {error}") from None
+        make_ready(network, about.use_fp16, configs.sampling.compile)
+    denoiser = diffusion.denoiser(called(network, about.class_cond), configs.sampling.clip_denoised)
+    return WeakNetwork(denoiser, network)
 
 
 def _unfilled(configs: Configs) -> Denoising:

@@ -1,5 +1,6 @@
 """What a run shows while it works, and how it is stopped."""
 
+import math
 import signal
 import sys
 import time
@@ -15,6 +16,8 @@ from .ranks import Job
 SECONDS_BETWEEN_LINES = 10
 """Where there is no terminal for a bar."""
 
+SECONDS_BETWEEN_REPORTS = 2
+"""Of a rank among several, to the others."""
 
 ONE_KEY_S = 0.3
 """A launcher passes on the Ctrl-C that a rank got by itself: signals so close together are one."""
@@ -28,9 +31,20 @@ class Progress:
         self._samples, self._before, self._started, self._said = samples, done, time.monotonic(), time.monotonic()
         quiet = True if log_json or job.rank else None
         self._bar = tqdm(total=samples, initial=done, unit="image", dynamic_ncols=True, disable=quiet)
+        self._unsaid, self._reported = 0, -math.inf
 
     def add(self, image_steps: int) -> None:
-        total = self._job.add(self._counter, image_steps)
+        """Count so many steps of an image; other ranks are asked and told at most every few seconds."""
+        self._unsaid += image_steps
+        if self._job.size > 1 and time.monotonic() - self._reported < SECONDS_BETWEEN_REPORTS:
+            self._job.get_on()
+        else:
+            self.report()
+
+    def report(self) -> None:
+        """Tell the other ranks, and show what all of them have made."""
+        total = self._job.add(self._counter, self._unsaid)
+        self._unsaid, self._reported = 0, time.monotonic()
         if self._job.rank == 0:
             self._show(self._made(total))
 
@@ -60,6 +74,7 @@ class Progress:
         sys.stderr.write(f"{text}\n")
 
     def close(self) -> None:
+        self.report()
         self._bar.close()
         if self._json and self._job.rank == 0:
             self.say(self._made(self._job.add(self._counter, 0)))

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from ..diffusion.samplers import State
-from ..guidance.base import GuidedDenoiser
+from ..guidance.base import GuidedDenoiser, weak_evaluations
 from ..settings.options import exit_on_bad_input
 from ..storage import pictures
 from ..storage.files import join, write_atomically
 from .batch_size import chosen_batch_size, memory_said
 from .identity import distinct, identity, made_by, output_folder, what_differs
-from .pipeline import Observer, Pipeline, make_shard
+from .pipeline import Observer, Pipeline, make_shard, tf32
 from .progress import Progress, Signals
 from .ranks import Job, jobs, new_key
 from .sample_store import SampleStore, read_manifest
@@ -43,7 +43,8 @@ def run(
     made_of = identity(settings, pipeline.samples_version) if job.rank == 0 else {}
     made_of = json.loads(job.share(f"{key}/identity", json.dumps(made_of)))
     folder = output_folder(pipeline, made_of)
-    batch_size = chosen_batch_size(pipeline, folder, f"{key}/batch_size", job)
+    with tf32(config.tf32):
+        batch_size = chosen_batch_size(pipeline, folder, f"{key}/batch_size", job)
     store = SampleStore(
         folder,
         made_of,
@@ -58,10 +59,11 @@ def run(
         "batch_size": batch_size,
         "ranks": job.size,
     }
-    maker = made_by(pipeline.device, pipeline.dtype)
     started = time.perf_counter()
     signals = Signals(config.grace, job, f"{key}/stopped")
     with ExitStack() as stack:
+        stack.enter_context(tf32(config.tf32))
+        maker = made_by(pipeline.device, pipeline.dtype)
         stack.enter_context(signals.handled())
         todo: list[int] = []
         if job.rank == 0:
@@ -98,6 +100,7 @@ def run(
                 shard = make_shard(pipeline, store.indices(number), batch_size, watch)
             with exit_on_bad_input("out_dir"):
                 store.write(number, shard, maker)
+            progress.report()  # before others hear that it is done
             signals.stop_if_asked(shard_is_done=True)
         progress.close()
         if job.rank == 0:
@@ -106,6 +109,9 @@ def run(
             about["network_evaluations_per_sample"] = sum(each.evaluations * each.samples for each in made) / sum(
                 each.samples for each in made
             )
+            if any(guidance.weak_passes for guidance in pipeline.guidances):
+                weak = weak_evaluations(pipeline.guidances, pipeline.levels)
+                about["weak_network_evaluations_per_sample"] = weak
             about["made_by"] = distinct((each.samples, each.by) for each in made)
             about |= {"file": os.path.basename(store.samples_path), "samples_made_now": missing, "settings": settings}
             about["seconds"] = round(time.perf_counter() - started, 3)

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 
 from .options import option
 
+SCHEDULE = (
+    "words of t=lo,hi (lo ≤ t/T < hi, 1 is noise), sigma=lo,hi (lo < σ ≤ hi, the noise by the image), every=k, "
+    "scale=t:factor,t:factor,… and sigma_scale=σ:factor,… (of the scale; linear between, in log σ)"
+)
+"""What a flag of a guidance's schedule may say."""
+
 
 @dataclass(frozen=True)
 class GuidanceConfig:
@@ -32,12 +38,17 @@ class GuidanceConfig:
     )
     blur_kernel: int | None = option(None, "odd width of the blur's window in pixels; default ⌈3σ⌉ to each side")
     guide_start: int = option(
-        250, "guide, in all ways but a classifier's, at the last so many of the respaced steps only; 0 = never"
+        250, "self-attention guidance acts at the last so many of the respaced steps only; 0 = never"
     )
     guide_interval: str = option(
-        "0,1", "and while lo ≤ t/T < hi, as lo,hi, T the steps that are made; 1 is noise, 0 the image"
+        "0,1",
+        "all guidances but a classifier act while lo ≤ t/T < hi, as lo,hi, T the steps that are made; 1 is noise, 0 "
+        "the image",
     )
     guide_every: int = option(1, "compute each of these guidances every so many guided steps only, and use it again")
+    sag_schedule: str = option(
+        "", f"when and how strongly self-attention guidance acts, over these: {SCHEDULE}", later=True
+    )
     fidelity: str = option("corrected", "corrected: as the paper; reference: as the authors' code computes")
 
     def __post_init__(self):
@@ -83,18 +94,26 @@ class OtherGuidanceConfig:
         "and acts on the first so many channels of ε only; empty: on all. DiT's published numbers: 3 of 4",
         later=True,
     )
+    cfg_schedule: str = option("", "as sag_schedule, for classifier-free guidance", later=True)
     pag_scale: float = option(0.0, "perturbed-attention guidance: identity attention in pag_blocks", later=True)
     pag_blocks: str = option("middle_block.1", "attention blocks, like middle_block.1,output_blocks.2.1", later=True)
+    pag_schedule: str = option("", "as sag_schedule, for perturbed-attention guidance", later=True)
     seg_scale: float = option(0.0, "smoothed energy guidance: blurred queries in seg_blocks", later=True)
     seg_blocks: str = option("middle_block.1", "attention blocks, as pag_blocks", later=True)
     seg_sigma: float = option(
         math.inf, "σ of the queries' blur in tokens; inf = the mean query", later=True, infinite=True
     )
+    seg_schedule: str = option("", "as sag_schedule, for smoothed energy guidance", later=True)
 
     def __post_init__(self):
         for name in ("cfg_scale", "pag_scale", "seg_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: wanted a finite number, got {getattr(self, name)}")
+
+    @property
+    def on(self) -> bool:
+        """Whether any of them guides."""
+        return bool(self.cfg_scale or self.pag_scale or self.seg_scale)
 
 
 @dataclass(frozen=True)

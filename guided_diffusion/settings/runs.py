@@ -30,6 +30,9 @@ class RunConfig:
     strength: float = option(
         0.5, "share of the steps that are made of an init_image: near 0 it comes back, 1 is all steps", later=True
     )
+    tf32: bool = option(
+        False, "on a GPU, let float32 have TF32's ten bits in products: faster, and images differ a little", later=True
+    )
     out_dir: str = option("", "folder to write to; empty: $OPENAI_LOGDIR, else runs/ and a name made of the settings")
     overwrite: bool = option(
         False,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from .analysis import NoiseGainConfig, ReportConfig
 from .guidance import ClassifierGuidanceConfig, GuidanceConfig, OtherGuidanceConfig
+from .methods import METHODS
 from .model import (
     OF_OTHER_SIZES,
     ClassifierConfig,
@@ -30,7 +31,7 @@ class Script(NamedTuple):
 MODEL = (NetworkConfig, DiffusionConfig)
 SAMPLED = (*MODEL, TransformerConfig)
 TRAINED = (TrainedNetworkConfig, DiffusionConfig)
-GUIDANCE = (GuidanceConfig, OtherGuidanceConfig)
+GUIDANCE = (GuidanceConfig, OtherGuidanceConfig, *METHODS)
 OF_OTHER_NETWORKS = {field.name for field in fields(NetworkConfig)} - {"image_size", "num_classes"}
 """Settings of networks that are none of a classifier's."""
 

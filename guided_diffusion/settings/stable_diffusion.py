@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .guidance import SCHEDULE
 from .options import MOST_AT_A_TIME, MOST_SIDE, option
 from .runs import RunConfig
 
@@ -65,6 +66,7 @@ class StableDiffusionConfig(RunConfig):
     negative_prompt: str = option("", "what the unconditional pass of classifier-free guidance is given")
     num_images: int = option(1, "images of each prompt; image i is of prompt i, round and round")
     guidance_scale: float = option(7.5, "classifier-free guidance, 1 + s_c; 1 = off, only --prompt is used")
+    cfg_schedule: str = option("", f"when and how strongly classifier-free guidance acts: {SCHEDULE}", later=True)
     scheduler: str = option("", f"{', '.join(SCHEDULERS)}; empty: the model's own")
     spacing: str = option("", f"{', '.join(SPACINGS)}; empty: the scheduler's own")
     steps: int = option(50, "steps of the scheduler; heun and kdpm2 call the network twice a step")
@@ -111,6 +113,7 @@ class LatentGuidanceConfig:
     blur_kernel: int | None = option(None, "odd width of the blur's window in latent pixels")
     guide_interval: str = option("0,1", "guide while lo ≤ t/T < hi, t of the T network calls made are left; 1 is noise")
     guide_every: int = option(1, "compute the guidance every so many guided steps, and use it again between")
+    sag_schedule: str = option("", f"the same two and more, over them: {SCHEDULE}", later=True)
 
     def __post_init__(self):
         if self.preset not in PRESETS:

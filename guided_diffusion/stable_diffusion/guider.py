@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..diffusion.denoiser import Prediction
 from ..diffusion.process import NoiseLevels
+from ..diffusion.times import every_row
 from ..guidance.base import Observation
-from ..networks.attention import last_rows, record_attention
+from ..networks.attention import record_attention
 from ..settings.stable_diffusion import MIDDLE
 from .sampling import latent_guidance
 from .schedulers import mean_type, noise_levels
@@ -49,7 +50,7 @@ class SelfAttentionGuider(BaseGuidance):
         self.preset = preset
         self.block = block
         self._hooks = ExitStack()
-        self._seen = SimpleNamespace()
+        self._seen = SimpleNamespace(timesteps=None)
 
     def _names(self) -> list[str]:
         # Some schedulers call the network more often than there are steps. Before the first, prompts are encoded.
@@ -104,20 +105,29 @@ class SelfAttentionGuider(BaseGuidance):
     def _see(self, _unet: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         self._seen.output = output[0]
 
+    def _time(self, x: Tensor) -> tuple[NoiseLevels, Tensor]:
+        """The noise levels of the scheduler's calls, and t of this one; the device is read at the first one alone."""
+        scheduler, seen = self.scheduler, self._seen
+        index = getattr(scheduler, "step_index", None)
+        if seen.timesteps is not scheduler.timesteps:  # a sampling begins with new ones
+            levels = noise_levels(scheduler)
+            seen.unit = NoiseLevels(levels.alphas / levels.norms, levels.sigmas / levels.norms, levels.timesteps)
+            first = (scheduler.timesteps == self._timestep).nonzero()[0].item() if index is None else index
+            seen.timesteps, seen.before_the_first = scheduler.timesteps, first - self._step
+        if index is None:
+            index = seen.before_the_first + self._step
+        return seen.unit, every_row(seen.unit.num_timesteps - 1 - index, x)
+
     def _degraded(self, given: Tensor) -> Tensor:
         """The UNet's input with its latents degraded; the channels that inpainting adds are left."""
         seen = self._seen
-        levels = noise_levels(self.scheduler)
-        unit = NoiseLevels(levels.alphas / levels.norms, levels.sigmas / levels.norms, levels.timesteps)
-        index = getattr(self.scheduler, "step_index", None)
-        if index is None:
-            index = (self.scheduler.timesteps == self._timestep).nonzero()[0].item()
         x = given[:, : seen.output.shape[1]].float()
-        t = torch.full((len(x),), levels.num_timesteps - 1 - index, device=x.device)
+        unit, t = self._time(x)
         # What x_t is, before it is known what the network makes of it.
         blank = Prediction(unit, x, t, {}, x, x, predicts=mean_type(self.scheduler))
         seen.base = blank.with_output(seen.output.float())
-        mask = seen.sag.mask(Observation(seen.base, {seen.sag: last_rows(seen.scores, len(x), len(x))}))
+        seen.scores.check(len(x))
+        mask = seen.sag.mask(Observation(seen.base, {seen.sag: seen.scores}))
         x_hat = seen.sag.degrade(seen.base, mask)
         seen.degraded = Prediction(unit, x_hat, t, {}, x_hat, x_hat, predicts=blank.predicts)
         return torch.cat([x_hat.to(given.dtype), given[:, x.shape[1] :]], dim=1)

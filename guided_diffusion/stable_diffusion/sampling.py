@@ -16,8 +16,9 @@ from ..diffusion.noise import SampleNoise, Samples, torch_generators
 from ..diffusion.process import NoiseLevels
 from ..diffusion.samplers import State
 from ..guidance.base import Guidance, GuidedDenoiser
-from ..guidance.building import interval_of
+from ..guidance.building import schedule_of
 from ..guidance.classifier_free import ClassifierFreeGuidance
+from ..guidance.schedule import Schedule, changed
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..settings.stable_diffusion import MIDDLE, PRESETS, LatentGuidanceConfig, StableDiffusionConfig
 from ..storage import pictures
@@ -54,8 +55,7 @@ def build_latent_guidance(unet: torch.nn.Module, config: LatentGuidanceConfig) -
         config.sag_scale,
         config.preset,
         block=config.sag_block,
-        interval=interval_of(config.guide_interval),
-        every=config.guide_every,
+        schedule=changed(schedule_of(config.guide_interval, config.guide_every), "sag_schedule", config.sag_schedule),
         **{name: value for name, value in given.items() if value is not None},
     )
     return [guidance]
@@ -105,7 +105,7 @@ class LatentPipeline:
         self.model.latent_shape(*self.shape[:2])
         self.model.check_prompts([self.config.negative_prompt], "negative_prompt")
         self.model.check_prompts(self.prompts)
-        _ = self.num_steps, self.inpaint, self.init_images, self.device
+        _ = self.num_steps, self.inpaint, self.init_images, self.device, self.by_prompt
 
     @property
     def name(self) -> str:
@@ -135,7 +135,12 @@ class LatentPipeline:
     def started(self) -> Any:
         """The scheduler, ready for the first step that is made."""
         config = self.config
-        return start(self.scheduler, config.steps, self.device, config.steps_made(config.steps))
+        return start(self.scheduler, config.steps, made=config.steps_made(config.steps))
+
+    @cached_property
+    def by_prompt(self) -> Schedule:
+        """When and how strongly classifier-free guidance acts."""
+        return changed(Schedule(), "cfg_schedule", self.config.cfg_schedule)
 
     @cached_property
     def levels(self) -> NoiseLevels:
@@ -182,7 +187,9 @@ class LatentPipeline:
         scheduler = self.started()
         network = LatentNetwork(self.model.unet, scheduler)
         denoiser = NetworkDenoiser(network, self.levels, mean_type(scheduler), None, clip_denoised=False)
-        by_prompt = ClassifierFreeGuidance(scale=config.guidance_scale - 1, null=lambda _condition: negative)
+        by_prompt = ClassifierFreeGuidance(
+            scale=config.guidance_scale - 1, null=lambda _condition: negative, schedule=self.by_prompt
+        )
         guidances = [by_prompt, *self.guidances]
         guided = GuidedDenoiser(denoiser, self.levels, guidances, Samples(config.seed, indices))
         image = self.model.latents(self.init_images.read(indices).to(device)) if self.init_images else None
@@ -201,13 +208,16 @@ class LatentPipeline:
         if self.init_images:
             made = f"the last {config.steps_made(config.steps)} of {config.steps} steps"
             parts.append(f"from {len(self.init_images)} given images: {made}")
-        parts.append(f"classifier-free guidance: {config.guidance_scale:g}" if config.guidance_scale != 1 else "no CFG")
+        by_prompt = f"classifier-free guidance: {config.guidance_scale:g}"
+        if config.cfg_schedule:
+            by_prompt += f", {self.by_prompt.described(self.levels, 'calls')}"
+        parts.append(by_prompt if config.guidance_scale != 1 else "no CFG")
         if not self.guidances:
             parts.append("self-attention guidance: off")
         return "; ".join([*parts, *map(self._describe, self.guidances)])
 
     def _describe(self, guidance: Guidance) -> str:
-        calls = f"{guidance.interval.steps(self.num_steps)} of {self.num_steps} calls"
+        calls = guidance.schedule.described(self.levels, "calls")
         if not isinstance(guidance, SelfAttentionGuidance):
             return f"{type(guidance).__name__}: s = {guidance.scale:g}, {calls}"
         return (

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..diffusion.denoiser import Condition, Denoiser, ModelMeanType
 from ..diffusion.process import NoiseLevels
 from ..diffusion.samplers import State
+from ..diffusion.times import every_row
 from ..settings.stable_diffusion import SCHEDULERS, SPACINGS, check_names
 
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -81,7 +82,8 @@ def choose_scheduler(own: Any, name: str = "", spacing: str = "") -> Any:
 def start(scheduler: Any, steps: int, device: torch.device | str = "cpu", made: int | None = None) -> Any:
     """A copy of a scheduler, ready for the first of so many steps; a ValueError if it cannot make that many.
 
-    made: of these, make the last so many only.
+    device: of its timesteps; where that is a GPU, some schedulers wait for it several times a step. made: of these,
+    make the last so many only.
     """
     fresh = type(scheduler).from_config(scheduler.config)
     name, trained = type(fresh).__name__, fresh.config.num_train_timesteps
@@ -162,6 +164,6 @@ def diffuse(
     for timestep in timesteps:
         left -= 1
         with torch.no_grad():
-            prediction = denoiser(x, torch.full((len(x),), left, device=x.device), condition)
+            prediction = denoiser(x, every_row(left, x), condition)
             x = scheduler.step(prediction.output, timestep, x, return_dict=False, **random)[0]
         yield State(left, x, prediction)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..guidance.base import evaluations
+from ..guidance.base import evaluations, weak_evaluations
 from ..runs.pipeline import ImagePipeline
 from ..runs.ranks import Job
 from ..runs.timing import seconds
@@ -31,7 +31,9 @@ def forecast(rows: Sequence[Row], job: Job | None = None) -> Iterator[str]:
         else:
             pipeline = _built(row, NOWHERE)
             yield f"  {row.command}"
-            yield f"  {pipeline.num_samples} samples, {_evaluations(pipeline)} network evaluations each"
+            weak = _weak_evaluations(pipeline)
+            also = f", and {weak} of the weak network" if weak else ""
+            yield f"  {pipeline.num_samples} samples, {_evaluations(pipeline)} network evaluations each{also}"
     if job:
         yield from _hours([row for row in rows if not row.missing and not row.same_as], job)
 
@@ -46,7 +48,8 @@ def _hours(rows: Sequence[Row], job: Job) -> Iterator[str]:
         if key not in times:
             times[key] = seconds_per_step(_built(row, job.device))
         network, classifier = times[key]
-        each = _evaluations(pipeline) * network + pipeline.num_steps * classifier
+        passes = _evaluations(pipeline) + _weak_evaluations(pipeline)  # a weak one takes no longer
+        each = passes * network + pipeline.num_steps * classifier
         took = pipeline.num_samples * each / job.size
         total += took
         yield f"{row.name}: about {took / 3600:.1f} hours"
@@ -62,7 +65,11 @@ def _built(row: Row, device: torch.device) -> ImagePipeline:
 
 
 def _evaluations(pipeline: ImagePipeline) -> int:
-    return evaluations(pipeline.guidances, pipeline.num_steps)
+    return evaluations(pipeline.guidances, pipeline.levels)
+
+
+def _weak_evaluations(pipeline: ImagePipeline) -> int:
+    return weak_evaluations(pipeline.guidances, pipeline.levels)
 
 
 def seconds_per_step(pipeline: ImagePipeline) -> tuple[float, float]:

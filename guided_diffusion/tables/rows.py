@@ -113,6 +113,7 @@ def measure(row: Row, prepared: Prepared, judge: Judge, job: Job, before: dict[s
     return found | {
         "n": n,
         "network_evaluations_per_sample": about["network_evaluations_per_sample"],
+        "weak_network_evaluations_per_sample": about.get("weak_network_evaluations_per_sample", 0),
         "classifier_gradients_per_sample": pipeline.num_steps if pipeline.cond_fn else 0,
         "images_per_s": round(made / about["seconds"], 3) if made else before.get("images_per_s"),
         "guidance": prepared.guidance_line,

@@ -201,6 +201,7 @@ BAD = {
     "guide_start": ["-1"],
     "guide_interval": ["1,0"],
     "guide_every": ["0"],
+    "sag_schedule": ["now", "t=1,0"],
     "fidelity": ["perfect"],
     "channel_mult": ["a", "1,2,4,8,16,32,64"],
     "num_channels": ["33"],

@@ -236,7 +236,7 @@ def test_a_run_goes_on(flags, tmp_path):
     with np.load(tmp_path / "samples_2x16x16x3.npz") as file:
         images = file["arr_0"]
     pipeline = load(**flags)
-    assert evaluations(pipeline.guidances, pipeline.num_steps) == 15
+    assert evaluations(pipeline.guidances, pipeline.diffusion.process) == 15
     np.testing.assert_array_equal(images, pipeline.sample(2))
     assert images.std() > 10
 
@@ -261,8 +261,8 @@ def test_sit_as_published():
     assert (pipeline.network.out_channels, pipeline.x_shape) == (8, (4, 32, 32))
     sag, cfg = pipeline.guidances
     assert (cfg.scale, cfg.channels, sag.channels) == (0.5, 3, None)
-    assert evaluations([cfg], pipeline.num_steps) == 2 * 249
-    assert evaluations([sag, cfg], pipeline.num_steps) == 3 * 249
+    assert evaluations([cfg], pipeline.diffusion.process) == 2 * 249
+    assert evaluations([sag, cfg], pipeline.diffusion.process) == 3 * 249
 
 
 TOGETHER = "sampler, noise_schedule: "

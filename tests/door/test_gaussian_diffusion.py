@@ -14,8 +14,9 @@ import torch
 import golden
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion import script_util
-from guided_diffusion.guidance.base import Guidance, Interval
+from guided_diffusion.guidance.base import Guidance
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.networks.attention import find_block, replace_attention
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
@@ -374,7 +375,7 @@ def test_the_pag_authors_guidance_strategies(model):
 
     kwargs = {"guide_scale": 1.8, "guide_schedule": None, "blur_sigma": 3}
     kwargs["guidance_strategies"] = {"attention_mask_identity": [3, 1]}
-    guidance = PerturbedAttentionGuidance(scale=0.8, blocks=(block,), interval=Interval(0.2, 0.8))
+    guidance = PerturbedAttentionGuidance(scale=0.8, blocks=(block,), schedule=Schedule(0.2, 0.8))
     theirs = sampled(diffusion, perturbing, guidance_kwargs=kwargs, device="cpu")
     torch.testing.assert_close(theirs, sampled(diffusion, model, guidance=guidance), atol=1e-5, rtol=1e-5)
     assert not torch.equal(theirs, sampled(diffusion, model))

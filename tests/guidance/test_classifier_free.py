@@ -7,9 +7,10 @@ import torch
 
 from guided_diffusion.diffusion.denoiser import Prediction, stacked
 from guided_diffusion.diffusion.process import ForwardProcess, get_named_beta_schedule
-from guided_diffusion.guidance.base import Guidance, GuidedDenoiser, Interval, evaluations
+from guided_diffusion.guidance.base import Guidance, GuidedDenoiser, evaluations
 from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks.attention import find_block
 
@@ -124,12 +125,12 @@ def test_a_guidance_of_the_conditional_prediction_does_not_see_the_null_label():
 @pytest.mark.parametrize(
     ("guidances", "calls"),
     [
-        ([cfg(every=2)], [2, 1, 2, 1]),
+        ([cfg(schedule=Schedule(every=2))], [2, 1, 2, 1]),
         # The base stays unconditional where only the other guidance is computed.
-        ([cfg(every=3), Blurred(scale=1.0)], [3, 3, 3, 3]),
-        ([cfg(every=2), Blurred(scale=1.0, every=2)], [3, 1, 3, 1]),
-        ([cfg(every=4), OfTheConditional(scale=1.0)], [3, 2, 2, 2]),
-        ([cfg(interval=Interval(start=2)), Blurred(scale=1.0)], [2, 2, 3, 3]),
+        ([cfg(schedule=Schedule(every=3)), Blurred(scale=1.0)], [3, 3, 3, 3]),
+        ([cfg(schedule=Schedule(every=2)), Blurred(scale=1.0, schedule=Schedule(every=2))], [3, 1, 3, 1]),
+        ([cfg(schedule=Schedule(every=4)), OfTheConditional(scale=1.0)], [3, 2, 2, 2]),
+        ([cfg(schedule=Schedule(start=2)), Blurred(scale=1.0)], [2, 2, 3, 3]),
     ],
 )
 def test_passes_with_reuse_and_intervals(guidances, calls):
@@ -140,11 +141,11 @@ def test_passes_with_reuse_and_intervals(guidances, calls):
         guided(X, torch.full((2,), step), Y)
         made.append(guided.evaluations - before)
     assert made == calls
-    assert evaluations(guidances, 4) == sum(calls)
+    assert evaluations(guidances, PROCESS.first(4)) == sum(calls)
 
 
 def test_the_base_does_not_change_with_reuse():
-    guided = GuidedDenoiser(Analytic(), PROCESS, [cfg(every=3), Blurred(scale=1.0)])
+    guided = GuidedDenoiser(Analytic(), PROCESS, [cfg(schedule=Schedule(every=3)), Blurred(scale=1.0)])
     for step in reversed(range(4)):
         guided(X, torch.full((2,), step), Y)
         assert guided.last_step.base.condition["y"].tolist() == [4, 4]
@@ -226,4 +227,4 @@ def test_two_null_conditions_are_refused():
     with pytest.raises(ValueError, match="different null conditions"):
         GuidedDenoiser(Analytic(), PROCESS, [cfg(), other])
     with pytest.raises(ValueError, match="different null conditions"):
-        evaluations([cfg(), other], 4)
+        evaluations([cfg(), other], PROCESS)

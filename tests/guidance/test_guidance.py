@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from guided_diffusion.guidance.base import GuidedDenoiser, Interval
+from guided_diffusion.guidance.base import GuidedDenoiser
 from guided_diffusion.guidance.blur import gaussian_blur
 from guided_diffusion.guidance.classifier import ClassifierGradient
 from guided_diffusion.guidance.masks import attention_mask
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import token_grid
 from guided_diffusion.networks.attention import attention_score, find_block
@@ -151,21 +152,21 @@ def test_sigma_zero_is_no_guidance(small):
 
 
 @pytest.mark.parametrize(
-    ("interval", "guided_steps"),
+    ("schedule", "guided_steps"),
     [
-        (Interval(), range(8)),
-        (Interval(start=250), range(8)),
-        (Interval(start=3), range(3)),
-        (Interval(start=0), []),
-        (Interval(low=0.25, high=0.75), range(2, 6)),
-        (Interval(low=0.25, start=4), range(2, 4)),
+        (Schedule(), range(8)),
+        (Schedule(start=250), range(8)),
+        (Schedule(start=3), range(3)),
+        (Schedule(start=0), []),
+        (Schedule(low=0.25, high=0.75), range(2, 6)),
+        (Schedule(low=0.25, start=4), range(2, 4)),
     ],
 )
-def test_interval(small, interval, guided_steps):
+def test_interval(small, schedule, guided_steps):
     network, diffusion = small
-    assert interval.steps(8) == len(guided_steps)
+    assert [t for t, factor in enumerate(schedule.factors(diffusion.process)) if factor] == list(guided_steps)
     for step in range(8):
-        _, _, guided = predict(network, diffusion, [sag(network, interval=interval)], step)
+        _, _, guided = predict(network, diffusion, [sag(network, schedule=schedule)], step)
         assert guided.evaluations == (2 if step in guided_steps else 1)
 
 
@@ -174,14 +175,14 @@ def test_rows_outside_the_interval_stay_unguided(small):
     t = torch.tensor([2, 6])
     denoiser = diffusion.denoiser(network)
     plain = denoiser(X, t, {})
-    guided = GuidedDenoiser(denoiser, diffusion.process, [sag(network, interval=Interval(start=4))])(X, t, {})
+    guided = GuidedDenoiser(denoiser, diffusion.process, [sag(network, schedule=Schedule(start=4))])(X, t, {})
     assert not torch.equal(guided.eps[0], plain.eps[0])
     assert torch.equal(guided.eps[1], plain.eps[1])
 
 
 def test_every_reuses_the_difference_between(small):
     network, diffusion = small
-    guidance = sag(network, every=3, interval=Interval(start=7))
+    guidance = sag(network, schedule=Schedule(start=7, every=3))
     counting = Counting(network)
     guided = GuidedDenoiser(diffusion.denoiser(counting), diffusion.process, [guidance])
     calls = []
@@ -195,7 +196,7 @@ def test_every_reuses_the_difference_between(small):
 
 def test_every_uses_the_old_difference(small):
     network, diffusion = small
-    guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, [sag(network, every=2)])
+    guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, [sag(network, schedule=Schedule(every=2))])
     t = torch.full((2,), 4)
     first = guided(X, t, {})
     delta = first.eps - guided.last_step.base.eps
@@ -246,7 +247,7 @@ def test_classifier_gradient_is_that_of_log_p():
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("bad", [{"scale": math.nan}, {"every": 0}, {"threshold": math.inf}, {"blur_sigma": -1.0}])
+@pytest.mark.parametrize("bad", [{"scale": math.nan}, {"threshold": math.inf}, {"blur_sigma": -1.0}])
 def test_impossible_settings_are_refused(small, bad):
     with pytest.raises(ValueError, match="wanted"):
         sag(small[0], **bad)

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from guided_diffusion.guidance.base import GuidedDenoiser, Interval
+from guided_diffusion.guidance.base import GuidedDenoiser
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.guidance.smoothed_energy import SmoothedEnergyGuidance
 from guided_diffusion.networks.attention import (
@@ -195,9 +196,9 @@ def test_with_classifier_free_guidance_it_starts_from_the_conditional_prediction
 @pytest.mark.parametrize(("every", "calls"), [(1, [1, 2, 2, 2]), (2, [1, 2, 1, 2]), (3, [1, 2, 1, 1])])
 def test_reuse_and_interval(any_order, every, calls):
     network = any_order
-    guidances = [pag(network, every=every, interval=Interval(start=3))]
+    guidances = [pag(network, schedule=Schedule(start=3, every=every))]
     guided = GuidedDenoiser(DIFFUSION.denoiser(network), DIFFUSION.process, guidances)
-    plain = GuidedDenoiser(DIFFUSION.denoiser(network), DIFFUSION.process, [pag(network, interval=Interval(start=3))])
+    plain = GuidedDenoiser(DIFFUSION.denoiser(network), DIFFUSION.process, [pag(network, schedule=Schedule(start=3))])
     made = []
     for step in reversed(range(4)):
         before, t = guided.evaluations, torch.full((2,), step)

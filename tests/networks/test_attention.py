@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from guided_diffusion.guidance.base import GuidedDenoiser
+from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.masks import attention_mask
+from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks import attention
 from guided_diffusion.networks.attention import (
     attention_blocks,
@@ -35,6 +39,47 @@ def test_rounding_does_not_grow_with_the_parts_that_a_batch_is_cut_into(monkeypa
     exact = (q.double() @ k.double().mT / 2).softmax(dim=-1).mean(dim=1).sum(dim=1)
     monkeypatch.setattr(attention, "ENTRIES_AT_A_TIME", 301)
     torch.testing.assert_close(attention_score(q, k).double(), exact, atol=1e-6, rtol=1e-6)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a device would be told to do; views cost nothing there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and func is not torch.ops.aten._unsafe_view.default
+        return func(*args, **kwargs or {})
+
+
+def test_where_each_part_costs_launches_there_are_few():
+    """ADM 128², Out.8, batch 64: cut for a CPU's cache it would be 1,800."""
+    q = torch.empty(64, 4, 1024, 64, device="meta", dtype=torch.float16)
+    with Launches() as launches:
+        attention_score(q, q)
+    assert launches.count < 40
+
+
+def test_only_the_rows_of_the_base_are_scored(small_conditional, monkeypatch):
+    network, diffusion = small_conditional
+    scored = []
+
+    def counting(q, k):
+        scored.append(len(q))
+        return attention_score(q, k)
+
+    monkeypatch.setattr(attention, "attention_score", counting)
+    sag = SelfAttentionGuidance(scale=1.0, block=find_block(network, "middle_block.1"))
+    cfg = ClassifierFreeGuidance(scale=1.0, null=null_class(4))
+    t, y = torch.tensor([5, 5]), {"y": torch.tensor([0, 3])}
+    guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, [sag, cfg])
+    guided(X, t, y)
+    assert scored == [2]
+    alone = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, [sag])
+    alone(X, t, {"y": torch.tensor([4, 4])})
+    score = alone.last_step.recorded[sag][sag.block]
+    torch.testing.assert_close(guided.last_step.recorded[sag][sag.block], score)
 
 
 def test_the_score_is_in_float32_under_autocast():

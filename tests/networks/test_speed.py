@@ -57,6 +57,7 @@ def test_bfloat16_is_near_and_keeps_embeddings_normalisation_and_output_in_float
     assert any_order.dtype is torch.bfloat16
     kept = {name.split(".")[0] for name, p in any_order.named_parameters() if p.dtype is torch.float32 and p.ndim > 1}
     assert kept >= {"time_embed", "out"}
+    assert {p.dtype for p in any_order.input_blocks[0].parameters()} == {torch.float32}
     after = any_order(X, T)
     assert after.dtype is torch.float32
     error = (after - before).square().mean().sqrt() / before.std()

@@ -30,7 +30,10 @@ def most(sizes, fits):
     def trajectory(_self, indices):
         if len(indices) > fits:
             raise FULL
-        yield sizes(len(indices))
+        # The second step is the one that needs the memory.
+        yield 0, None
+        yield sizes(len(indices)), None
+        raise AssertionError("two steps are enough")
 
     return trajectory
 
@@ -51,6 +54,18 @@ def test_the_best_batch_is_doubled_while_it_fits_and_gains(monkeypatch, sizes, f
     monkeypatch.setattr(batching, "seconds", lambda work: work())
     sampler = ImagePipeline(None, 16, None, None, torch.device("cpu"))
     assert batching.best_batch_size(sampler, limit) == expected
+
+
+def test_memory_that_only_the_second_step_lacks_is_noticed(monkeypatch):
+    def trajectory(_self, indices):
+        yield 3, None
+        if len(indices) > 4:
+            raise FULL
+        yield 3, None
+
+    monkeypatch.setattr(ImagePipeline, "trajectory", trajectory)
+    monkeypatch.setattr(batching, "seconds", lambda work: work())
+    assert batching.best_batch_size(ImagePipeline(None, 16, None, None, torch.device("cpu")), 64) == 4
 
 
 def test_another_error_is_no_lack_of_memory(monkeypatch):

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
-from guided_diffusion.runs.identity import identity, settings_hash
-from guided_diffusion.runs.pipeline import ImagePipeline
+from guided_diffusion.runs.identity import identity, made_by, settings_hash
+from guided_diffusion.runs.pipeline import ImagePipeline, tf32
 from guided_diffusion.runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS
+from guided_diffusion.settings.guidance import OtherGuidanceConfig
 from guided_diffusion.settings.options import merge, parse_args, resolved
 from guided_diffusion.settings.stable_diffusion import StableDiffusionConfig
 from guided_diffusion.stable_diffusion.sampling import LatentPipeline
@@ -77,8 +79,22 @@ def test_another_version_is_another_hash(weights):
 
 
 def test_samples_of_another_version_are_not_mixed(tmp_path, monkeypatch, capsys):
-    flags = EMBEDDED | {"num_samples": 1, "out_dir": tmp_path / "out"}
-    run("image_sample", **flags)
+    """As of a folder from when guide_start was for all guidances."""
+    of_all = {"sag_scale": 0, "pag_scale": 1, "guide_start": 1}
+    flags = EMBEDDED | of_all | {"num_samples": 1, "out_dir": tmp_path / "out"}
+    with monkeypatch.context() as before:
+        before.setattr(OtherGuidanceConfig, "on", False)
+        run("image_sample", **flags)
     capsys.readouterr()
-    monkeypatch.setattr(ImagePipeline, "samples_version", 2)
     assert "samples_version was None, is 2" in refused(capsys, "image_sample", **flags)
+
+
+def test_whether_floats_are_tf32_is_set_for_a_run_and_part_of_what_made_it_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "GPU")
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    for allowed in (True, False):
+        with tf32(allowed):
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+            assert made_by(torch.device("cuda"), torch.float32)["tf32"] is allowed
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    assert "tf32" not in made_by(torch.device("cpu"), torch.float32)

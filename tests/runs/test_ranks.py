@@ -137,6 +137,19 @@ def test_the_gpu_is_chosen_by_local_rank(monkeypatch):
     assert ranks.Job(rank=5, size=8, local_rank=5, local_size=8).device == torch.device("cuda", 1)
 
 
+def test_the_gpu_of_a_rank_is_the_current_one(monkeypatch):
+    """What names no device, like a timer's synchronize, would else mean the first."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(ranks, "_start_alone", lambda: ranks.Job(rank=5, size=8, local_rank=1, local_size=4))
+    monkeypatch.setattr(ranks, "_job", None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    ranks.start()
+    assert current == [torch.device("cuda", 1)]
+
+
 def test_the_store_is_where_it_answers_for_this_job():
     store = meeting.keep_store(0)
     store.set("token", "ours")

@@ -59,8 +59,14 @@ def test_scales_of_zero_are_the_unguided_sampler(flags, tmp_path):
     [
         ({"cfg_scale": 2}, 8, ["classifier-free guidance: s_c = 2, 4 of 4 steps"]),
         ({"pag_scale": 2}, 8, ["perturbed-attention guidance: s = 2 at middle_block.1, 4 of 4 steps"]),
-        ({"seg_scale": 2, "seg_blocks": "input_blocks.1.1,output_blocks.0.1", "guide_start": 3, "guide_every": 2}, 6,
+        ({"seg_scale": 2, "seg_blocks": "input_blocks.1.1,output_blocks.0.1", "guide_interval": "0,0.75",
+          "guide_every": 2}, 6,
          ["smoothed energy guidance: s = 2, σ = inf at input_blocks.1.1,output_blocks.0.1, 3 of 4 steps, every 2"]),
+        ({**SAG, "cfg_scale": 2, "pag_scale": 1, "guide_start": 1, "guide_every": 2,
+          "cfg_schedule": "sigma=0,10 every=1", "pag_schedule": "t=0,1 scale=0:0.5,0.5:1", "seg_schedule": "t=0,1"}, 10,
+         ["self-attention guidance: s = 0.5, ψ = 1, σ = 3 at middle_block.1, 1 of 4 steps, every 2, corrected",
+          "classifier-free guidance: s_c = 2, 3 of 4 steps",
+          "perturbed-attention guidance: s = 1 at middle_block.1, 4 of 4 steps, every 2, scale × 0.5 to 1"]),
         ({"cfg_scale": 2, **SAG}, 12,
          ["self-attention guidance: s = 0.5, ψ = 1, σ = 3 at middle_block.1, 4 of 4 steps, corrected",
           "classifier-free guidance: s_c = 2, 4 of 4 steps"]),
@@ -101,6 +107,7 @@ def test_self_attention_classifier_free_and_classifier_guidance_together(flags, 
         ({"pag_scale": 1, "pag_blocks": "middle"}, "pag_blocks: no attention block 'middle' in this network; it has:"),
         ({"seg_scale": 1, "seg_blocks": ""}, "seg_blocks: no attention block ''"),
         ({"seg_scale": 1, "seg_sigma": -1}, "seg_sigma: wanted 0 or more"),
+        ({"seg_scale": 1, "seg_schedule": "t=1,0"}, "seg_schedule: guide_interval: wanted 0 ≤ low < high ≤ 1, got 1,0"),
         (
             {"sag_scale": 1},
             "sag_block: no attention block 'output_blocks.8.1' in this network; it has: input_blocks.1.1, "
@@ -139,7 +146,24 @@ def test_the_step_flags_alone_build_no_self_attention_guidance(flags, tmp_path):
     assert evaluations == 6
 
 
+@pytest.mark.parametrize(
+    ("guidance", "version"),
+    [
+        ({**SAG, "guide_start": 2}, None),
+        ({"cfg_scale": 1}, None),  # at 4 steps the default kept nothing from acting
+        ({"cfg_scale": 1, "guide_start": 2}, 2),
+    ],
+)
+def test_guide_start_is_of_self_attention_guidance_and_only_what_that_changed_is_begun_anew(
+    flags, tmp_path, guidance, version
+):
+    _, evaluations, _ = sampled(flags, tmp_path / "out", **guidance)
+    assert evaluations == (8 if "cfg_scale" in guidance else 6)
+    identity = json.loads((tmp_path / "out" / "manifest.json").read_text())["identity"]
+    assert identity.get("samples_version") == version
+
+
 def test_new_flags_at_their_defaults_are_no_part_of_a_folder(flags, tmp_path):
     sampled(flags, tmp_path / "out")
     identity = json.loads((tmp_path / "out" / "manifest.json").read_text())["identity"]
-    assert not [key for key in identity if key.startswith(("cfg_", "pag_", "seg_", "sag_mask"))]
+    assert not [key for key in identity if key.startswith(("cfg_", "pag_", "seg_", "sag_mask", "sag_sch", "tf32"))]

@@ -7,7 +7,7 @@ import latents
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance
 from guided_diffusion.stable_diffusion.model import load
 from guided_diffusion.stable_diffusion.sampling import latent_guidance
-from guided_diffusion.stable_diffusion.schedulers import choose_scheduler
+from guided_diffusion.stable_diffusion.schedulers import choose_scheduler, noise_levels
 from latents import noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -60,6 +60,26 @@ def test_the_guider_gives_what_the_sampler_gives(model, name, kind, scale, sag_s
     wanted = latents.final(model.unet, scheduler, x_T, condition, guidances, steps=STEPS)
     torch.testing.assert_close(made, wanted, rtol=0, atol=1e-4)
     assert hooks(model.unet) == 0
+
+
+def test_a_sampling_makes_its_noise_levels_once(model, monkeypatch):
+    from guided_diffusion.stable_diffusion import guider as module
+
+    made = []
+    monkeypatch.setattr(module, "noise_levels", lambda scheduler: made.append(1) or noise_levels(scheduler))
+    scheduler = choose_scheduler(latents.golden_scheduler("eps"), "ddim")  # has no step_index
+    guider = module.SelfAttentionGuider(scheduler=scheduler)
+
+    def sample(guider, steps):
+        return pipeline(model, scheduler, guider)(
+            prompt="a cat", num_inference_steps=steps, height=64, width=64, latents=noise(1, 8, 8), output="latents",
+            output_type="latent",
+        )  # fmt: skip
+
+    sample(guider, 3)
+    again = sample(guider, 2)
+    assert len(made) == 2
+    assert torch.equal(again, sample(module.SelfAttentionGuider(scheduler=scheduler), 2))
 
 
 def test_start_and_stop_are_parts_of_the_network_calls(model):

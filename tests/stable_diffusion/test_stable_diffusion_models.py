@@ -80,6 +80,13 @@ def test_interval_and_every_save_passes():
     for settings, evaluations in [({"guide_interval": "0,0.5"}, 4 * 2 + 2), ({"guide_every": 2}, 4 * 2 + 2)]:
         made_by = sampler(golden_model(), steps=4, guidance=LatentGuidanceConfig(**settings))
         assert samples(made_by, [0])[1] == evaluations
+    schedules = {"cfg_schedule": "t=0,0.5", "guidance": LatentGuidanceConfig(sag_schedule="sigma=3,inf")}
+    made_by = sampler(golden_model(), steps=4, **schedules)
+    assert made_by.describe().split("; ")[1] == "classifier-free guidance: 7.5, 2 of 4 calls"
+    assert made_by.describe().endswith("1 of 4 calls")
+    assert samples(made_by, [0])[1] == 4 + 2 + 1
+    with pytest.raises(ValueError, match="cfg_schedule: wanted words"):
+        sampler(golden_model(), cfg_schedule="0,1")
 
 
 def test_guidances_beside_self_attention_are_said_and_shown():

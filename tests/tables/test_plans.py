@@ -13,15 +13,17 @@ from evaluations.emoji import emoji_features
 from guided_diffusion.diffusion.diffusion import build_diffusion
 from guided_diffusion.guidance.base import evaluations
 from guided_diffusion.guidance.building import guidances_of
+from guided_diffusion.guidance.methods.building import Guided
 from guided_diffusion.networks.building import build_classifier, build_network, build_transformer
 from guided_diffusion.runs.prepare import Configs
 from guided_diffusion.settings.options import parse_args
 from guided_diffusion.settings.shipped import shipped
+from guided_diffusion.tables.forecast import forecast
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published.json").read_text())
 OURS = ("demo", "solvers")  # of the embedded model
-PLANS = {name: read_plan(name) for name in [*PUBLISHED, *OURS]}
+PLANS = {name: read_plan(name) for name in [*PUBLISHED, *OURS, "pag"]}
 RUNS = [(name, row) for name, plan in PLANS.items() for row in plan.rows if not row.missing]
 each_run = pytest.mark.parametrize(("plan", "row"), RUNS, ids=lambda part: getattr(part, "name", part))
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
@@ -55,7 +57,8 @@ def network_of(config, learn_sigma, transformer):
 
 def guidances(settings):
     network = network_of(settings.network, settings.diffusion.learn_sigma, settings.transformer)
-    return guidances_of(settings.sag, settings.others, network, settings.network, settings.sampling.labels)
+    guided = Guided(network, settings.network, settings.sampling.labels)
+    return guidances_of(settings.sag, settings.others, settings.methods, guided)
 
 
 def classifier_scale(settings):
@@ -118,19 +121,41 @@ def test_guidance_of_every_row(plan, row):
     if classifier_scale(settings):
         with torch.device("meta"):
             build_classifier(settings.network.image_size, settings.classifier, settings.network.num_classes)
-    if plan not in OURS:
+    if plan in PUBLISHED:
         assert settings.sag.fidelity == "corrected"
         assert plan == "table4" or not any(scales[1:])
-        steps = build_diffusion(settings.diffusion).num_timesteps
+        process = build_diffusion(settings.diffusion).process
         for guidance in built:
-            assert guidance.every == 1
-            assert guidance.interval.steps(steps) == steps
+            assert guidance.schedule.every == 1
+            assert set(guidance.schedule.factors(process)) == {1.0}
+
+
+def test_rows_of_perturbed_attention_are_its_authors_settings():
+    found = {}
+    for row in PLANS["pag"].rows:
+        settings = settings_of(row)
+        process = build_diffusion(settings.diffusion).process
+        steps, built = process.num_timesteps, guidances(settings)
+        assert len([guidance for guidance in built if guidance.scale]) == ("pag" in row.name)
+        assert evaluations(built, process) == (2 * steps if "pag" in row.name else steps)
+        found[row.name] = (settings.network.class_cond, settings.sampling.sampler_name, steps, row.published.get("fid"))
+    assert found == {
+        "uncond_ddpm_none": (False, "ddpm", 250, 26.21),
+        "uncond_ddpm_pag": (False, "ddpm", 250, 16.23),
+        "cond_ddpm_none": (True, "ddpm", 250, 10.94),
+        "cond_ddpm_pag": (True, "ddpm", 250, 6.32),
+        "uncond_ddim_none": (False, "ddim", 25, None),
+        "uncond_ddim_pag": (False, "ddim", 25, None),
+        "cond_ddim_none": (True, "ddim", 25, None),
+        "cond_ddim_pag": (True, "ddim", 25, None),
+    }
+    assert settings.others.pag_scale == 4 - 1
 
 
 def test_rows_that_say_unguided_are_unguided():
     off = ("s = 0", "with classes", "no SAG", "no guidance")
     rows = [row for _, row in RUNS if row.label in off or row.label.startswith("unguided")]
-    assert len(rows) == 24
+    assert len(rows) == 28
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 
@@ -139,7 +164,8 @@ def test_rows_that_say_unguided_are_unguided():
 def test_what_varies_is_the_x_of_a_curve(plan, row):
     field = {"sigma": "blur_sigma", "psi": "sag_threshold"}.get(row.group, "scale")
     if row.x is not None:
-        assert row.x == getattr(settings_of(row).sag, field)
+        settings = settings_of(row)
+        assert row.x == (settings.others.pag_scale if plan == "pag" else getattr(settings.sag, field))
     assert row.group in PLANS[plan].groups
 
 
@@ -182,13 +208,20 @@ def test_our_plans_run_the_embedded_model(plan):
 def test_solvers_are_compared_at_the_network_evaluations_that_their_group_names():
     for row in PLANS["solvers"].rows:
         settings = settings_of(row)
-        found = evaluations(guidances(settings), build_diffusion(settings.diffusion).num_timesteps)
+        found = evaluations(guidances(settings), build_diffusion(settings.diffusion).process)
         if row.group == "many":
             assert found == (50 if "unguided" in row.label else 100)
         elif row.group == "unguided":
             assert row.label.endswith(f", {found}")
         else:
             assert PLANS["solvers"].groups[row.group].endswith(f", {found} evaluations")
+
+
+def test_a_dry_run_counts_the_passes_of_a_weak_network_by_themselves(tmp_path):
+    weak = {"weak_model_path": str(shipped("models", "emoji32_weak.safetensors")), "autoguidance_scale": 1}
+    row = {"name": "one", "label": "first", "set": {**weak, "sag_scale": 0, "pag_scale": 1, "num_samples": 4}}
+    plan = read_plan(written(tmp_path, {"title": "A plan", "config": ["emoji"], "rows": [row]}))
+    assert list(forecast(plan.rows))[-1] == "  4 samples, 100 network evaluations each, and 50 of the weak network"
 
 
 GOOD = {"title": "A plan", "config": ["emoji"], "rows": [{"name": "one", "label": "first", "x": 1, "set": {"seed": 1}}]}
@@ -259,7 +292,7 @@ def test_a_wrong_plan_is_refused_in_one_sentence(tmp_path, plan, said):
 
 def test_a_plan_that_is_not_there_is_answered_with_those_that_are():
     with pytest.raises(
-        ValueError, match=r"table12\.yaml: no such plan; there are baselines, demo, scales, solvers, table1, "
+        ValueError, match=r"table12\.yaml: no such plan; there are baselines, demo, pag, scales, solvers, table1, "
     ):
         read_plan("table12")
 

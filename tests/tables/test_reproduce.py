@@ -15,9 +15,10 @@ from filelock import FileLock
 from evaluations import evaluate
 from guided_diffusion.commands import reproduce
 from guided_diffusion.guidance import base
-from guided_diffusion.guidance.base import GuidedDenoiser, Interval
+from guided_diffusion.guidance.base import GuidedDenoiser
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
+from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.settings.shipped import shipped
 from guided_diffusion.tables import page, report, results
@@ -298,11 +299,11 @@ def test_fetch_brings_files_to_the_cache(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("interval", [Interval(), Interval(0.2, 0.7)])
-def test_evaluations_are_counted_without_making_any(small_conditional, every, interval):
+@pytest.mark.parametrize("low_high", [(0, 1), (0.2, 0.7)])
+def test_evaluations_are_counted_without_making_any(small_conditional, every, low_high):
     network, diffusion = small_conditional
     block = next(module for name, module in network.named_modules() if name == "middle_block.1")
-    shared = {"interval": interval, "every": every}
+    shared = {"schedule": Schedule(*low_high, every=every)}
     sag = SelfAttentionGuidance(scale=0.5, block=block, **shared)
     cfg = ClassifierFreeGuidance(scale=1.0, null=null_class(4), **shared)
     pag = PerturbedAttentionGuidance(scale=0.5, blocks=(block,), **shared)
@@ -311,7 +312,7 @@ def test_evaluations_are_counted_without_making_any(small_conditional, every, in
         x = torch.zeros(1, 3, 16, 16)
         for t in reversed(range(diffusion.num_timesteps)):
             guided(x, torch.tensor([t]), {"y": torch.tensor([1])})
-        assert base.evaluations(guidances, diffusion.num_timesteps) == guided.evaluations
+        assert base.evaluations(guidances, diffusion.process) == guided.evaluations
 
 
 def test_equal_cost_leaves_out_what_does_not_compare():

@@ -111,6 +111,8 @@ def start() -> Job:
     if _job.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // _job.local_size))
+    if _job.device.type == "cuda":
+        torch.cuda.set_device(_job.device)  # or times, memory and unnamed tensors would be those of the first GPU
     return _job
 
 

@@ -157,14 +157,15 @@ class Job:
     def add(self, counter: str, amount: int = 1) -> int:
         """Add to a shared counter and return its new value; no rank waits for another.
 
-        Where a rank works for others, this is the sign that its work gets on: every step adds to one.
+        Where a rank works for others, this is a sign that its work gets on, as `get_on` is.
         """
-        self._get_on()
+        self.get_on()
         total = self._ask(self.store.add, counter, amount)
         self._moved_at = time.monotonic()  # a link that was down makes no long step
         return total
 
-    def _get_on(self) -> None:
+    def get_on(self) -> None:
+        """Show that the work gets on: to be called at every step."""
         now = time.monotonic()
         self._moves += 1
         if self._in_turns:
@@ -200,7 +201,7 @@ class Job:
                     turn = next((turn for turn in left if self._takes_over(f"{key}/taken/{turn}")), None)
                     looked = time.monotonic()
                 if turn is None:
-                    self._get_on()
+                    self.get_on()
                     self._rest()
                     wait()
                 else:

@@ -1,0 +1,4 @@
+from guided_diffusion.commands.toy import main
+
+if __name__ == "__main__":
+    main()
