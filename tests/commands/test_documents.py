@@ -61,6 +61,7 @@ SMALL = {
     "benchmark": "",
     "evaluator": "",
     "grain": "",
+    "toy": "--points 64 --steps 2",
     "inspect_checkpoint": "",
     "calibration": "--draws 2",
     "results": "--check",
