@@ -229,7 +229,7 @@ def put_what_is_missing(desk, words):
 def written_keys(folder):
     """Keys at the top of the JSON files, columns of tables and arrays that commands have left, by file."""
     for path in folder.rglob("*"):
-        if path.is_symlink() or any(parent.is_symlink() for parent in path.parents) or "cache" in path.parts:
+        if any(each.is_symlink() for each in (path, *path.parents)) or {"cache", "models", "made"} & set(path.parts):
             continue
         if path.suffix == ".json" and path.name != "classes.json":
             found = json.loads(path.read_text())
