@@ -15,7 +15,7 @@ from ..storage.files import is_address
 
 TABLES = shipped("tables")
 
-WEIGHTS = ("model_path", "classifier_path")
+WEIGHTS = ("model_path", "classifier_path", "weak_model_path")
 """Settings that name a checkpoint."""
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "frechet_distance")

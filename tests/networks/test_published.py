@@ -42,7 +42,7 @@ def build(name):
 
 def test_there_is_a_configuration_for_every_published_checkpoint():
     assert len(PUBLISHED) == 19
-    others = {"emoji", "emoji_classifier", "emoji_weak", "dit_xl_256", "dit_xl_512", "sit_xl_256"}
+    others = {"emoji", "emoji_autoguidance", "emoji_classifier", "emoji_weak", "dit_xl_256", "dit_xl_512", "sit_xl_256"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PUBLISHED) | others
 
 

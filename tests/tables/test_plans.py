@@ -13,16 +13,17 @@ from evaluations.emoji import emoji_features
 from guided_diffusion.diffusion.diffusion import build_diffusion
 from guided_diffusion.guidance.base import evaluations
 from guided_diffusion.guidance.building import guidances_of
-from guided_diffusion.guidance.methods.building import Guided
+from guided_diffusion.guidance.methods.building import Guided, WeakNetwork
 from guided_diffusion.networks.building import build_classifier, build_network, build_transformer
 from guided_diffusion.runs.prepare import Configs
+from guided_diffusion.settings.methods import Method
 from guided_diffusion.settings.options import parse_args
 from guided_diffusion.settings.shipped import shipped
 from guided_diffusion.tables.forecast import forecast
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published.json").read_text())
-OURS = ("demo", "solvers")  # of the embedded model
+OURS = ("demo", "guidances", "solvers")  # of the embedded model
 PLANS = {name: read_plan(name) for name in [*PUBLISHED, *OURS, "pag"]}
 RUNS = [(name, row) for name, plan in PLANS.items() for row in plan.rows if not row.missing]
 each_run = pytest.mark.parametrize(("plan", "row"), RUNS, ids=lambda part: getattr(part, "name", part))
@@ -57,7 +58,8 @@ def network_of(config, learn_sigma, transformer):
 
 def guidances(settings):
     network = network_of(settings.network, settings.diffusion.learn_sigma, settings.transformer)
-    guided = Guided(network, settings.network, settings.sampling.labels)
+    weak = WeakNetwork(network, lambda *_: None)  # of no use where nothing is sampled
+    guided = Guided(network, settings.network, settings.sampling.labels, weak)
     return guidances_of(settings.sag, settings.others, settings.methods, guided)
 
 
@@ -117,6 +119,7 @@ def test_guidance_of_every_row(plan, row):
     settings = settings_of(row)
     built = guidances(settings)
     scales = [settings.sag.scale, settings.others.cfg_scale, settings.others.pag_scale, settings.others.seg_scale]
+    scales += [method.scale for method in settings.methods if isinstance(method, Method)]
     assert sorted(guidance.scale for guidance in built if guidance.scale) == sorted(filter(None, scales))
     if classifier_scale(settings):
         with torch.device("meta"):
@@ -155,7 +158,7 @@ def test_rows_of_perturbed_attention_are_its_authors_settings():
 def test_rows_that_say_unguided_are_unguided():
     off = ("s = 0", "with classes", "no SAG", "no guidance")
     rows = [row for _, row in RUNS if row.label in off or row.label.startswith("unguided")]
-    assert len(rows) == 28
+    assert len(rows) == 29
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 
@@ -292,7 +295,8 @@ def test_a_wrong_plan_is_refused_in_one_sentence(tmp_path, plan, said):
 
 def test_a_plan_that_is_not_there_is_answered_with_those_that_are():
     with pytest.raises(
-        ValueError, match=r"table12\.yaml: no such plan; there are baselines, demo, pag, scales, solvers, table1, "
+        ValueError,
+        match=r"table12\.yaml: no such plan; there are baselines, demo, guidances, pag, scales, solvers, table1, ",
     ):
         read_plan("table12")
 
