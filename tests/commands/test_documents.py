@@ -233,6 +233,7 @@ def written_keys(folder):
             continue
         if path.suffix == ".json" and path.name != "classes.json":
             found = json.loads(path.read_text())
+            found = found[0] if isinstance(found, list) else found
             yield path, set(found)
             for row in found.get("rows", [])[:1] if isinstance(found.get("rows"), list) else []:
                 yield path, set(row)
