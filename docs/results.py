@@ -106,8 +106,6 @@ def cost() -> str:
     """What a pass takes, and the hours of a row as it is configured, without and with its guidance."""
     lines = []
     for name, found in read("docs/cost.json").items():
-        if name.startswith("emoji"):
-            continue
         hours = found.get("evaluations", 0) * SAMPLES * 2 * found["multiply_adds"] / GPU / 3600
         lines.append([
             f"`{name}`", f"{found['parameters'] / 1e6:,.1f}", f"{found['multiply_adds'] / 1e9:,.1f}",
