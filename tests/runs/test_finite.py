@@ -59,7 +59,9 @@ def pipeline_of(decoded, dtype=torch.float32, x=0.0):
         state = State(0, torch.full((len(indices), 3, 2, 2), x), SimpleNamespace(condition={}))
         yield state, SimpleNamespace(evaluations=1)
 
-    return SimpleNamespace(trajectory=trajectory, images=lambda x: x + decoded, dtype=dtype, num_steps=1)
+    return SimpleNamespace(
+        trajectory=trajectory, images=lambda x: x + decoded, nearest_levels=False, dtype=dtype, num_steps=1
+    )
 
 
 def test_what_only_decoding_spoils_is_told():

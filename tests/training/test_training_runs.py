@@ -132,12 +132,12 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(tmp_path, launcher):
 HELD = """
     import os, runpy, sys, time
     from guided_diffusion.training.trainer import Trainer
-    train_step = Trainer._train_step
+    train_step = Trainer.train_step
     def held(self, *batch, **more):
         while self.step == 9 and not os.path.exists({go!r}):
             time.sleep(0.02)
         return train_step(self, *batch, **more)
-    Trainer._train_step = held
+    Trainer.train_step = held
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
