@@ -135,8 +135,8 @@ class ImagePipeline:
     side: of the images. condition_of: what sample i is made of. conditional: whether the network takes that condition;
     else only the classifier of `cond_fn` does. init_images: what samples begin with, under the noise of the first
     step that the diffusion makes (SDEdit, Meng et al. 2022). latent_shape: (C, h, w) of what the network sees, where
-    those are the latents of `autoencoder`, which is needed for images. samples_version: 2 where `guide_start` once kept
-    other guidances than self-attention guidance from acting.
+    those are the latents of `autoencoder`, which is needed for images. others_kept_off: whether `guide_start` once
+    kept other guidances than self-attention guidance from acting.
     """
 
     config: SamplingConfig
@@ -151,7 +151,12 @@ class ImagePipeline:
     init_images: GivenImages | None = None
     latent_shape: tuple[int, int, int] | None = None
     autoencoder: Autoencoder | None = None
-    samples_version: int = 1
+    others_kept_off: bool = False
+
+    @property
+    def samples_version(self) -> int:
+        """2 where samples were others: where guidances were kept off, and in bfloat16, which the first layer once had."""
+        return 2 if self.others_kept_off or self.dtype is torch.bfloat16 else 1
 
     @property
     def name(self) -> str:

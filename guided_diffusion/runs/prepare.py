@@ -164,7 +164,7 @@ def image_run(configs: Configs, device: torch.device, weights: bool = True) -> P
         init_images=images,
         latent_shape=(network.in_channels, *[network.input_size] * 2) if transformer.latent_factor else None,
         autoencoder=autoencoder,
-        samples_version=2 if configs.others.on and configs.sag.guide_start < diffusion.num_timesteps else 1,
+        others_kept_off=configs.others.on and configs.sag.guide_start < diffusion.num_timesteps,
     )
     return Prepared(pipeline, configs.resolved(), line)
 

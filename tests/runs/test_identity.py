@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from guided_diffusion.runs.identity import identity, made_by, settings_hash
-from guided_diffusion.runs.pipeline import ImagePipeline, tf32
-from guided_diffusion.runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS
+from guided_diffusion.runs.pipeline import tf32
+from guided_diffusion.runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Configs, image_run
 from guided_diffusion.settings.guidance import OtherGuidanceConfig
 from guided_diffusion.settings.options import merge, parse_args, resolved
 from guided_diffusion.settings.stable_diffusion import StableDiffusionConfig
@@ -75,7 +75,15 @@ def test_a_folder_of_pictures_is_what_its_pictures_are_in_their_order(tmp_path):
 def test_another_version_is_another_hash(weights):
     configs = merge(IMAGE_GROUPS, ("test", SETTINGS | {"model_path": weights}))
     assert len({hash_of(configs, version) for version in (1, 2, 3)}) == 3
-    assert (ImagePipeline.samples_version, LatentPipeline.samples_version) == (1, 2)
+    assert LatentPipeline.samples_version == 2
+
+
+@pytest.mark.parametrize(("dtype", "version"), [(torch.float32, 1), (torch.float16, 1), (torch.bfloat16, 2)])
+def test_what_bfloat16_made_before_its_first_layer_was_float32_is_begun_anew(dtype, version):
+    configs = Configs.of(parse_args("", IMAGE_GROUPS, ["--config", "emoji"]))
+    pipeline = image_run(configs, torch.device("cpu"), weights=False).pipeline
+    pipeline.network.convert_to(dtype)
+    assert pipeline.samples_version == version
 
 
 def test_samples_of_another_version_are_not_mixed(tmp_path, monkeypatch, capsys):
