@@ -155,7 +155,7 @@ class ImagePipeline:
 
     @property
     def samples_version(self) -> int:
-        """2 where samples were others: where guidances were kept off, and in bfloat16, which the first layer once had."""
+        """2 where samples once were others: with guidances kept off, and in bfloat16 with a first layer of it."""
         return 2 if self.others_kept_off or self.dtype is torch.bfloat16 else 1
 
     @property
