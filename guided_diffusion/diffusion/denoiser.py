@@ -90,6 +90,7 @@ class Prediction:
             return self.raw_x0
         if self.predicts is ModelMeanType.VELOCITY:
             return self.process.velocity(self.raw_x0, self.t, self.eps)
+        assert self.network_mean is not None, "a network of x_{t−1} gives the mean"
         return self.network_mean
 
     def with_output(self, output: Tensor) -> "Prediction":
@@ -112,12 +113,19 @@ class Prediction:
 
     def rows(self, part: slice, condition: Condition) -> "Prediction":
         """The same belief for some of the rows, which have this condition."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        cut = {name: value[part] for name, value in tensors.items() if isinstance(value, Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut: dict[str, Any] = {name: value[part] for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **cut, condition=condition)
 
 
 Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]
+
+
+def spread(variance: Tensor | None) -> Tensor:
+    """A prediction's Σ or log Σ; a ValueError where it has none."""
+    if variance is None:
+        raise ValueError("variance: ddpm and the variational bound need a denoiser with one, this one has none")
+    return variance
 
 
 def _beliefs(

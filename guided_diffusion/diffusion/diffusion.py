@@ -48,7 +48,10 @@ class Diffusion:
 
     def called_by(self, sampler: str) -> "Diffusion":
         """The same with a step for every network call of a sampler: all but heun make one a step."""
-        return self._on(self.process.for_heun()) if sampler == "heun" else self
+        if sampler != "heun":
+            return self
+        assert isinstance(self.process, LinearPath), "heun samples flow models alone"
+        return self._on(self.process.for_heun())
 
     def _on(self, process: ForwardProcess | LinearPath) -> "Diffusion":
         return Diffusion(process, self.model_mean_type, self.model_var_type, self.loss_type)
@@ -108,7 +111,7 @@ def kinds(
 
 def check_first_step(diffusion: Diffusion) -> None:
     """Raise a ValueError where sampling would begin with an ε at ᾱ = 0, which says nothing of the image."""
-    if diffusion.model_mean_type is ModelMeanType.EPSILON and diffusion.process.alphas_cumprod[-1] == 0:
+    if diffusion.model_mean_type is ModelMeanType.EPSILON and diffusion.process.alphas[-1] == 0:
         raise ValueError(
             "noise_schedule, diffusion_steps: at the first step ᾱ is 0, and there a network of ε says nothing of the "
             "image; leave that step out (timestep_respacing), or take more steps"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .denoiser import Condition, ModelMeanType, NetworkDenoiser, Prediction
+from .denoiser import Condition, ModelMeanType, NetworkDenoiser, Prediction, spread
 from .process import ForwardProcess
 
 
@@ -52,13 +52,14 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
 def vb_terms_bpd(prediction: Prediction, x0: Tensor) -> Tensor:
     """One term of the variational bound for each row, [N] bits/dim: KL to the posterior, or −log p(x_0) at t = 0."""
     process, t, x_t = prediction.process, prediction.t, prediction.x_t
+    log_variance = spread(prediction.log_variance)
     kl = normal_kl(
         process.q_posterior_mean(x0, x_t, t),
         process.at("posterior_log_variance_clipped", t, x_t),
         prediction.mean,
-        prediction.log_variance,
+        log_variance,
     )
-    nll = -discretized_gaussian_log_likelihood(x0, means=prediction.mean, log_scales=0.5 * prediction.log_variance)
+    nll = -discretized_gaussian_log_likelihood(x0, means=prediction.mean, log_scales=0.5 * log_variance)
     return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
 
@@ -88,13 +89,14 @@ def training_losses(
     x0: [N, C, H, W] in [−1, 1]; t: [N] steps; noise: of x0's shape. The bound trains only the variance in the MSE
     losses (its mean is detached: L_hybrid of Nichol & Dhariwal, Eq. 16).
     """
-    process = denoiser.process
+    process, var_type = denoiser.process, denoiser.var_type
+    assert var_type is not None, "a loss is of networks whose Σ is known"
     x_t = process.q_sample(x0, t, noise)
     if loss_type.is_vb():
         loss = bound(denoiser.network, x_t)
         return {"loss": loss * process.num_timesteps if loss_type is LossType.RESCALED_KL else loss}
     output = denoiser.network(x_t, process.network_timesteps(t), **condition)
-    value, spread = output.split(x0.shape[1], dim=1) if denoiser.var_type.learned else (output, None)
+    value, learned = output.split(x0.shape[1], dim=1) if var_type.learned else (output, None)
     target = {
         ModelMeanType.EPSILON: lambda: noise,
         ModelMeanType.START_X: lambda: x0,
@@ -102,9 +104,9 @@ def training_losses(
         ModelMeanType.PREVIOUS_X: lambda: process.q_posterior_mean(x0, x_t, t),
     }[denoiser.mean_type]()
     mse = mean_flat((target - value) ** 2)
-    if spread is None:
+    if learned is None:
         return {"loss": mse, "mse": mse}
-    frozen = torch.cat([value.detach(), spread], dim=1)
+    frozen = torch.cat([value.detach(), learned], dim=1)
     vb = bound(lambda *_arguments, **_condition: frozen, x_t)
     if loss_type is LossType.RESCALED_MSE:
         vb = vb * process.num_timesteps / 1000

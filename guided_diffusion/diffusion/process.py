@@ -51,9 +51,9 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> 
         if ddim:
             if len(counts) != 1 or counts[0] < 1:
                 raise ValueError(f"{asked} is not ddimN with one N of at least 1")
-            for stride in range(1, num_timesteps + 1):
-                if len(range(0, num_timesteps, stride)) == counts[0]:
-                    return set(range(0, num_timesteps, stride))
+            for every in range(1, num_timesteps + 1):
+                if len(range(0, num_timesteps, every)) == counts[0]:
+                    return set(range(0, num_timesteps, every))
             raise ValueError(f"{asked}: no whole stride takes {counts[0]} of {num_timesteps} steps")
     else:
         counts = list(section_counts)
@@ -170,6 +170,14 @@ class NoiseLevels:
         unit = x_t / norm
         return (alpha * unit - sigma * v) / norm, (sigma * unit + alpha * v) / norm
 
+    def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t−1} | x_t, x_0), where the process has its tables: a `ForwardProcess`."""
+        return self.at("posterior_mean_coef1", t, x_t) * x0 + self.at("posterior_mean_coef2", t, x_t) * x_t
+
+    def x0_from_previous(self, x_t: Tensor, t: Tensor, previous: Tensor) -> Tensor:
+        """x̂_0 of which `previous` is the posterior mean."""
+        return (previous - self.at("posterior_mean_coef2", t, x_t) * x_t) / self.at("posterior_mean_coef1", t, x_t)
+
 
 class ForwardProcess(NoiseLevels):
     """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) on the steps that respacing kept, counted 0 … num_timesteps − 1.
@@ -231,11 +239,3 @@ class ForwardProcess(NoiseLevels):
         setattr(self, name, value)
         self._on_device.clear()
         self._derive()
-
-    def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_{t−1} | x_t, x_0)."""
-        return self.at("posterior_mean_coef1", t, x_t) * x0 + self.at("posterior_mean_coef2", t, x_t) * x_t
-
-    def x0_from_previous(self, x_t: Tensor, t: Tensor, previous: Tensor) -> Tensor:
-        """x̂_0 of which `previous` is the posterior mean."""
-        return (previous - self.at("posterior_mean_coef2", t, x_t) * x_t) / self.at("posterior_mean_coef1", t, x_t)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .denoiser import Condition, Denoiser, Prediction
+from .denoiser import Condition, Denoiser, Prediction, spread
 from .process import ForwardProcess, NoiseLevels
 from .times import every_row
 
@@ -41,14 +41,15 @@ def shifted_eps(process: NoiseLevels, t: Tensor, eps: Tensor, gradient: Tensor) 
 def ddpm_step(prediction: Prediction, noise: Tensor | None) -> Tensor:
     """x_{t−1} ~ N(μ, Σ) (Ho et al. 2020); a classifier shifts μ.
 
-    noise: of x_t's shape, not used where t = 0; None adds none.
+    noise: of x_t's shape, not used where t = 0; None adds none. A ValueError where the prediction has no Σ.
     """
     mean = prediction.mean
     if prediction.log_prob_grad is not None:
-        mean = shifted_mean(mean, prediction.variance, prediction.log_prob_grad)
+        mean = shifted_mean(mean, spread(prediction.variance), prediction.log_prob_grad)
     if noise is None:
         return mean
-    return torch.where(_noise_free(prediction.t, mean), mean, mean + (0.5 * prediction.log_variance).exp() * noise)
+    std = (0.5 * spread(prediction.log_variance)).exp()
+    return torch.where(_noise_free(prediction.t, mean), mean, mean + std * noise)
 
 
 def ddim_belief(prediction: Prediction) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def ddim_belief(prediction: Prediction) -> tuple[Tensor, Tensor]:
 
 
 def ddim_move(
-    process: ForwardProcess, t: Tensor, x0: Tensor, eps: Tensor, noise: Tensor | None, eta: float = 0.0
+    process: NoiseLevels, t: Tensor, x0: Tensor, eps: Tensor, noise: Tensor | None, eta: float = 0.0
 ) -> Tensor:
     """x_{t−1} of DDIM from a belief (x̂_0, ε) at t (Song et al. 2021, Eq. 12)."""
     alpha_bar = process.at("alphas_cumprod", t, x0)
@@ -74,7 +75,7 @@ def ddim_move(
     return mean if noise is None else torch.where(_noise_free(t, x0), mean, mean + sigma * noise)
 
 
-def ddim_reverse_move(process: ForwardProcess, t: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+def ddim_reverse_move(process: NoiseLevels, t: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     """x_{t+1} on the deterministic path of DDIM, from image to noise."""
     alpha_bar_next = process.at("alphas_cumprod_next", t, x0)
     return x0 * alpha_bar_next.sqrt() + (1 - alpha_bar_next).sqrt() * eps

@@ -262,7 +262,7 @@ class GuidedDenoiser:
         self._denoiser = denoiser
         self._samples = samples
         self._timetable = Timetable(guidances, process)
-        self._differences: dict[Guidance, Tensor] = {}
+        self._differences: dict[Guidance, Tensor | float] = {}
         self._memory: dict[Any, Any] = {}
         self.last_step: Step | None = None
         self.evaluations = self.weak_evaluations = 0
@@ -277,7 +277,7 @@ class GuidedDenoiser:
         for guidance, weights in due.weights.items():
             if guidance in due.computed:
                 self._differences[guidance] = guidance.acting(guidance.transformed(step))
-            weight = weights[0]
+            weight: Tensor | float = weights[0]
             if len(set(weights)) > 1:
                 weight = torch.tensor(weights, dtype=eps.dtype, device=eps.device).reshape(-1, *[1] * (eps.ndim - 1))
             eps = eps + weight * self._differences[guidance]

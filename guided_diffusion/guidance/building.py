@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,8 @@ def schedule_of(guide_interval: str, guide_every: int) -> Schedule:
     low_high = numbers("guide_interval", guide_interval, float)
     if len(low_high) != 2:
         raise ValueError(f"guide_interval: wanted lo,hi, got {guide_interval!r}")
-    return Schedule(*low_high, every=guide_every)
+    low, high = low_high
+    return Schedule(low, high, every=guide_every)
 
 
 def _channels(network: Denoising, flag: str, channels: int | None) -> int | None:
@@ -88,7 +90,7 @@ def build_guidance(network: Denoising, config: GuidanceConfig) -> MaskedBlur:
     reference = config.fidelity == "reference"
     if reference and isinstance(network, DiT):
         raise ValueError("fidelity: reference is the authors' code, which knows UNets only; a DiT has corrected")
-    common = {
+    common: dict[str, Any] = {
         "scale": config.scale,
         "blur_sigma": config.blur_sigma,
         "blur_kernel": REFERENCE_KERNEL if reference and config.blur_kernel is None else config.blur_kernel,

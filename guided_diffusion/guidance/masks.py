@@ -1,7 +1,7 @@
 """Masks: which pixels a guidance degrades."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +18,12 @@ ROUNDING = 2e-6
 """How far above ψ a score must be: uniform attention scores 1 only up to float32 rounding."""
 
 
-def upsampled(mask: Tensor, size: tuple[int, int]) -> Tensor:
+def upsampled(mask: Tensor, size: Sequence[int]) -> Tensor:
     """A bool mask [N, 1, h, w] at size (H, W), each pixel taking the value of the cell it lies in."""
     return F.interpolate(mask.float(), size, mode="nearest").bool()
 
 
-def attention_mask(score: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+def attention_mask(score: Tensor, size: Sequence[int], threshold: float) -> Tensor:
     """M = 1(A > ψ): scores [N, h, w] to a bool mask [N, 1, H, W], nearest-upsampled to size (H, W).
 
     A score that exceeds ψ by rounding alone (`ROUNDING`) does not count.

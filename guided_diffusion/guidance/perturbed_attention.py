@@ -1,5 +1,6 @@
 """Perturbed-Attention Guidance (Ahn et al., ECCV 2024, arXiv 2403.17377)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,5 +12,5 @@ from .replaced_attention import ReplacedAttention
 class PerturbedAttentionGuidance(ReplacedAttention):
     """ε' attends by the identity: every token of `blocks` gets its own value (PAG)."""
 
-    def attend(self, _q: Tensor, _k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:  # noqa: ARG002
+    def attend(self, _q: Tensor, _k: Tensor, v: Tensor, size: Sequence[int]) -> Tensor:  # noqa: ARG002
         return v

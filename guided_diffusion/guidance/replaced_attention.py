@@ -1,6 +1,7 @@
 """Guidance by what a network predicts with another attention in some of its blocks."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -28,7 +29,7 @@ class ReplacedAttention(Guidance):
             raise ValueError("blocks: wanted one attention block or more, got none")
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Sequence[int]) -> Tensor:
         """What stands in for attention: q, k, v [N, heads, T, d] to [N, heads, T, d], of an image of size (H, W)."""
 
     def difference(self, step: Step) -> Tensor:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,8 @@ class Schedule:
         if self.start is not None:
             acts &= t < self.start
         if self.curve:
-            factors *= np.interp(time, *zip(*self.curve, strict=True))
+            places, values = zip(*self.curve, strict=True)
+            factors *= np.interp(time, places, values)
         if (self.sigma_low, self.sigma_high, self.sigma_curve) != (0.0, math.inf, ()):
             with np.errstate(divide="ignore"):
                 sigma = process.sigmas / process.alphas
@@ -85,7 +87,7 @@ class Schedule:
 
 def changed(schedule: Schedule, key: str, text: str) -> Schedule:
     """A schedule with what a flag's text says of it: words of `PARTS`; a ValueError names the flag and the word."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for word in text.split():
         name, _, value = word.partition("=")
         try:

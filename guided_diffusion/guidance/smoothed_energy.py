@@ -1,6 +1,7 @@
 """Smoothed Energy Guidance (Hong, NeurIPS 2024, arXiv 2408.00760)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class SmoothedEnergyGuidance(ReplacedAttention):
         if not self.sigma >= 0:
             raise ValueError(f"seg_sigma: wanted 0 or more (inf: the mean query), got {self.sigma}")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Sequence[int]) -> Tensor:
         n, heads, tokens, width = q.shape
         grid = token_grid(tokens, *size)
         image = q.transpose(-1, -2).reshape(n, heads * width, *grid)

@@ -26,20 +26,20 @@ def altered(*layers: nn.Module, before: Before | None = None, after: After | Non
     """
     called: set[int] = set()
 
-    def pre_hook(number: int, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def pre_hook(before: Before, number: int, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         called.add(number)
         return (before(number, inputs[0]), *inputs[1:])
 
-    def hook(number: int, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(after: After, number: int, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         called.add(number)
         return after(number, inputs[0], output)
 
     with ExitStack() as stack:
         for number, layer in enumerate(layers):
             if before:
-                stack.enter_context(layer.register_forward_pre_hook(of_this_thread(partial(pre_hook, number))))
+                stack.enter_context(layer.register_forward_pre_hook(of_this_thread(partial(pre_hook, before, number))))
             if after:
-                stack.enter_context(layer.register_forward_hook(of_this_thread(partial(hook, number))))
+                stack.enter_context(layer.register_forward_hook(of_this_thread(partial(hook, after, number))))
         stack.enter_context(hooks_seen())
         yield
     if len(called) < len(layers):

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache, partial, reduce
 from threading import get_ident
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,8 +26,8 @@ Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q, k, v, each [N, heads, T, d], to [N, heads, T, d]."""
 
-Listener = Callable[[Tensor, Tensor, tuple[int, int]], None]
-"""Is told queries and keys, [N, heads, T, d] each, and the rows and columns that the T tokens are."""
+Listener = Callable[[Tensor, Tensor, tuple[int, ...]], None]
+"""Is told queries and keys, [N, heads, T, d] each, and the sides (rows and columns) of the map that the tokens are."""
 
 
 class Attends(Protocol):
@@ -67,13 +67,15 @@ def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 def split_legacy(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split [N, 3·C, T] that is ordered head by head (IDDPM, most of ADM) into q, k, v of [N, heads, T, C/heads]."""
     n, width, tokens = qkv.shape
-    return qkv.reshape(n, num_heads, 3, width // (3 * num_heads), tokens).transpose(-1, -2).unbind(2)
+    q, k, v = qkv.reshape(n, num_heads, 3, width // (3 * num_heads), tokens).transpose(-1, -2).unbind(2)
+    return q, k, v
 
 
 def split_new(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split [N, 3·C, T] that holds all q, then all k, then all v (ADM 64²) into q, k, v of [N, heads, T, C/heads]."""
     n, width, tokens = qkv.shape
-    return qkv.reshape(n, 3, num_heads, width // (3 * num_heads), tokens).transpose(-1, -2).unbind(1)
+    q, k, v = qkv.reshape(n, 3, num_heads, width // (3 * num_heads), tokens).transpose(-1, -2).unbind(1)
+    return q, k, v
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
             part = sums.pop() + part
             number //= 2
         sums.append(part)
-    return sum(reversed(sums))
+    return reduce(torch.add, reversed(sums))
 
 
 def attention_score(q: Tensor, k: Tensor) -> Tensor:
@@ -159,7 +161,7 @@ class Scores(dict[Attends, Tensor]):
     def __missing__(self, block: Attends) -> Tensor:
         raise ValueError(UNHEARD.format("attention that was to be recorded"))
 
-    def hear(self, block: Attends, q: Tensor, k: Tensor, grid: tuple[int, int]) -> None:
+    def hear(self, block: Attends, q: Tensor, k: Tensor, grid: tuple[int, ...]) -> None:
         """Add the rows of a call."""
         first = max(0, self.skipped - self.heard[block])
         self.heard[block] += len(q)

@@ -221,7 +221,7 @@ def make_ready(network: Denoising | EncoderUNetModel, use_fp16: bool, compiled: 
         network.convert_to_fp16()
     if next(network.parameters()).device.type == "cpu":
         # Not on a GPU, whose group norm copies everything back.
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     if compiled:
         network.compile_blocks()
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..settings.transformer import dit_sizes
 from .attention import Attend, Listener, of_this_thread, split_new
 from .layers import embedded_labels, timestep_embedding, zero_module
-from .precision import WithTorso, compile_each
+from .precision import Weighted, WithTorso, compile_each
 
 TIMESTEP_WIDTH = 256
 EPS = 1e-6
@@ -65,8 +65,8 @@ class DiTBlock(nn.Module):
         """attend: does the attention in the place of the block's own."""
         parts = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
-        values = attend(*self.split(self.attn.qkv(modulated(x, shift, scale))))
-        x = x + gate * self.attn.proj(values.transpose(1, 2).flatten(2).to(x.dtype))
+        values = attend(*self.split(self.attn["qkv"](modulated(x, shift, scale))))
+        x = x + gate * self.attn["proj"](values.transpose(1, 2).flatten(2).to(x.dtype))
         return x + mlp_gate * self.mlp(modulated(x, mlp_shift, mlp_scale))
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ class DiTBlock(nn.Module):
             q, k, _ = self.split(qkv)
             listener(q, k, (side, side))
 
-        return [self.attn.qkv.register_forward_hook(of_this_thread(hear))]
+        return [self.attn["qkv"].register_forward_hook(of_this_thread(hear))]
 
     def replace(self, fn: Attend) -> RemovableHandle:
         """As `Replaceable.replace`."""
@@ -145,20 +145,20 @@ class DiT(WithTorso):
     def _initialise(self) -> None:
         """The weights that training begins with, but for those that are 0."""
         for block in self.blocks:
-            for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.embedding_table):
-            nn.init.normal_(layer.weight, std=0.02)
+            for linear in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+                nn.init.xavier_uniform_(block.get_parameter(f"{linear}.weight"))
+                nn.init.zeros_(block.get_parameter(f"{linear}.bias"))
+        nn.init.xavier_uniform_(self.get_parameter("x_embedder.proj.weight").flatten(1))
+        nn.init.zeros_(self.get_parameter("x_embedder.proj.bias"))
+        for layer in ("t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"):
+            nn.init.normal_(self.get_parameter(f"{layer}.weight"), std=0.02)
 
-    def torso(self) -> Iterator[nn.Module]:
+    def torso(self) -> Iterator[Weighted]:
         return (module for module in self.blocks.modules() if isinstance(module, nn.Linear))
 
     def compile_blocks(self) -> None:
         """Compile the MLPs, once for each shape; the attention between them stays open to hooks."""
-        compile_each(block.mlp for block in self.blocks)
+        compile_each(block.get_submodule("mlp") for block in self.blocks)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         wanted = (self.in_channels, self.input_size, self.input_size)
@@ -166,8 +166,10 @@ class DiT(WithTorso):
             raise ValueError(f"x: wanted {'×'.join(map(str, wanted))}, got {'×'.join(map(str, x.shape[1:]))}")
         embedding = timestep_embedding(timesteps, TIMESTEP_WIDTH)
         self.check_dtypes(x, embedding, self.t_embedder, self.final_layer)
-        c = self.t_embedder.mlp(embedding) + embedded_labels(self.y_embedder.embedding_table, y, len(x))
-        tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        table = self.y_embedder["embedding_table"]
+        assert isinstance(table, nn.Embedding)
+        c = self.t_embedder["mlp"](embedding) + embedded_labels(table, y, len(x))
+        tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
         tokens, condition = tokens.type(self.dtype), c.type(self.dtype)
         for block in self.blocks:
             tokens = block(tokens, condition)

@@ -56,9 +56,10 @@ class _Level:
     attention: bool
 
 
-def _res_width(shapes: Shapes, block: str) -> int | None:
+def _res_width(shapes: Shapes, block: str) -> int:
+    """The channels that a residual block puts out, 0 where there is none."""
     shape = shapes.get(f"{block}.0.in_layers.2.weight")
-    return shape[0] if shape else None
+    return shape[0] if shape else 0
 
 
 def _levels(shapes: Shapes) -> tuple[list[_Level], int] | None:
@@ -85,7 +86,7 @@ def _levels(shapes: Shapes) -> tuple[list[_Level], int] | None:
             down = f"input_blocks.{first + blocks}"
             is_last = level == total // (blocks + 1) - 1
             is_down = f"{down}.0.op.weight" in shapes or _res_width(shapes, down) in widths
-            if None in widths or len(widths) > 1 or len(attention) > 1 or not (is_last or is_down):
+            if 0 in widths or len(widths) > 1 or len(attention) > 1 or not (is_last or is_down):
                 break
             if not is_last and f"{down}.1.qkv.weight" in shapes:
                 break
@@ -252,16 +253,17 @@ def wrong_flags(
     except ValueError as error:
         return str(error)
     wanted = "transformer" if transformer and transformer.network else "UNet"
-    wanted = "classifier" if isinstance(network, ClassifierConfig) else wanted
+    if isinstance(network, ClassifierConfig):
+        wanted = "classifier"
     kinds = {"classifier": ("classifier",), "transformer": ("transformer",), "UNet": ("unet", "super-resolution")}
     if checkpoint.kind not in kinds[wanted]:
         return f"the file is a {checkpoint.kind}, wanted a {wanted}{_kind_hint(checkpoint)}"
     told = dict(checkpoint.flags)
     given: dict[str, Any] = {**vars(network), "learn_sigma": learn_sigma}
-    if wanted == "transformer":
-        given |= vars(transformer)
-    elif wanted == "classifier":
+    if isinstance(network, ClassifierConfig):
         given["classifier_channel_mult"] = network.classifier_channel_mult or CHANNEL_MULTS.get(image_size, "")
+    elif wanted == "transformer":
+        given |= vars(transformer)
     else:
         given["channel_mult"] = network.channel_mult or CHANNEL_MULTS.get(image_size, "")
         if not network.class_cond:

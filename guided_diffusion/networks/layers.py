@@ -81,7 +81,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
-def embedded_labels(table: nn.Embedding, y: Tensor, rows: int) -> Tensor:
+def embedded_labels(table: nn.Embedding, y: Tensor | None, rows: int) -> Tensor:
     """The embeddings of labels; a ValueError where they are none (out of range: on a CPU, a GPU says it itself)."""
     wanted = f"y: wanted classes, int64 from 0 to {table.num_embeddings - 1}, one for {rows} rows or for each"
     if not isinstance(y, Tensor):

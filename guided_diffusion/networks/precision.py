@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
 import torch
@@ -32,12 +32,16 @@ def _half_precision(device: torch.device) -> torch.dtype:
     """What use_fp16 means on a device; said once where that is not float16, which CPUs compute 200 times slower."""
     if device.type != "cpu":
         return torch.float16
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         _say("use_fp16: on this CPU half precision is bfloat16, not float16")
         return torch.bfloat16
     _say("use_fp16: this CPU has no fast half precision; going on in float32")
     return torch.float32
+
+
+Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+"""The layers that may compute in half precision."""
 
 
 class WithTorso(nn.Module):
@@ -46,7 +50,7 @@ class WithTorso(nn.Module):
     _dtype: torch.dtype | None = None
 
     @abstractmethod
-    def torso(self) -> Iterator[nn.Module]:
+    def torso(self) -> Iterator[Weighted]:
         """The layers that compute in half precision, those with weights, the first one first."""
 
     @property

@@ -23,7 +23,7 @@ from .layers import (
     timestep_embedding,
     zero_module,
 )
-from .precision import WithTorso, compile_each
+from .precision import Weighted, WithTorso, compile_each
 
 TORSO = ("input_blocks.", "middle_block.", "output_blocks.")
 FIRST = "input_blocks.0.0"
@@ -40,7 +40,7 @@ class TimestepBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence in which every `TimestepBlock` also gets the timestep embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # upstream's class
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x
@@ -124,7 +124,7 @@ class ResBlock(TimestepBlock):
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
         if out_channels == channels:
-            self.skip_connection = nn.Identity()
+            self.skip_connection: nn.Module = nn.Identity()
         elif use_conv:
             self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
         else:
@@ -147,7 +147,7 @@ class ResBlock(TimestepBlock):
         return self.skip_connection(self.resample(x)) + conv(dropout(activation(h)))
 
 
-def count_flops_attn(model: nn.Module, _x: Any, y: Sequence[Tensor]) -> None:
+def count_flops_attn(model: Any, _x: Any, y: Sequence[Tensor]) -> None:
     """A counter for `thop`: add to `model.total_ops` the two matrix products over the tokens of `y[0]`, [N, C, ...]."""
     n, channels, *sides = y[0].shape
     model.total_ops += torch.tensor([2 * n * channels * math.prod(sides) ** 2], dtype=torch.float64)
@@ -275,9 +275,25 @@ class AttentionPool2d(nn.Module):
 class _Network(WithTorso):
     """What denoising networks and classifiers share: their blocks, and a torso that may compute in another dtype."""
 
+    in_channels: int
+    model_channels: int
+    num_res_blocks: int
+    attention_resolutions: Sequence[int]
+    dropout: float
+    channel_mult: Sequence[float]
+    conv_resample: bool
+    dims: int
+    use_checkpoint: bool
+    num_heads: int
+    num_head_channels: int
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+    use_new_attention_order: bool
+    time_embed: nn.Sequential
     input_blocks: nn.ModuleList
+    out: nn.Sequential
 
-    def torso(self) -> Iterator[nn.Module]:
+    def torso(self) -> Iterator[Weighted]:
         for name, module in self.named_modules():
             if name.startswith(TORSO) and name != FIRST and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 yield module
@@ -298,7 +314,7 @@ class _Network(WithTorso):
 
     def _rising(self, x: Tensor, emb: Tensor) -> Iterator[Tensor]:
         """What every input block puts out, one after the other, in the torso's dtype; the first has one of its own."""
-        own, dtype = self.input_blocks[0][0].weight.dtype, self.dtype
+        own, dtype = next(self.input_blocks.parameters()).dtype, self.dtype
         h = x.type(own)
         for block in self.input_blocks:
             h = block(h, emb)
@@ -451,7 +467,7 @@ class SuperResModel(UNetModel):
     def __init__(self, image_size: int, in_channels: int, *args, **kwargs):
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
-    def forward(
+    def forward(  # type: ignore[override]  # upstream's class
         self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, *, y: Tensor | None = None
     ) -> Tensor:
         """As UNetModel, with `low_res` [N, C, s, s] of any side s, in [-1, 1]."""
@@ -512,8 +528,8 @@ class EncoderUNetModel(_Network):
             if num_head_channels == -1:
                 raise ValueError("num_head_channels: wanted one for the pool `attention`, got -1")
             side = image_size // 2 ** (len(channel_mult) - 1)
-            head = AttentionPool2d(side, ch, num_head_channels, out_channels)
-            self.out = nn.Sequential(normalization(ch), nn.SiLU(), head)
+            pooled = AttentionPool2d(side, ch, num_head_channels, out_channels)
+            self.out = nn.Sequential(normalization(ch), nn.SiLU(), pooled)
         elif pool == "spatial":
             self.out = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
         elif pool == "spatial_v2":

@@ -35,7 +35,7 @@ from .time_step import TimeStepGuidance
 from .token_perturbation import TokenPerturbationGuidance
 from .transforms import FrequencyScale, ProjectedGuidance, optimised
 
-NAMES: Mapping[str, type[Guidance]] = {
+NAMES: Mapping[str, type] = {
     "sag": MaskedBlur,
     "cfg": ClassifierFreeGuidance,
     "pag": PerturbedAttentionGuidance,
@@ -70,14 +70,15 @@ class Guided:
 
 def layers_that_keep_shape(network: nn.Module) -> dict[str, nn.Module]:
     """The layers that may be left out, by module name: attention blocks, and residual blocks that keep the shape."""
-    kept = {
+    attention = {name: network.get_submodule(name) for name in attention_blocks(network)}
+    residual = {
         name: layer
         for name, layer in network.named_modules()
         if isinstance(layer, ResBlock)
         and layer.channels == layer.out_channels
         and isinstance(layer.resample, nn.Identity)
     }
-    return attention_blocks(network) | kept
+    return attention | residual
 
 
 def _layers_named(network: nn.Module, key: str, names: str) -> tuple[nn.Module, ...]:
@@ -100,26 +101,33 @@ def blocks_named(network: nn.Module, key: str, names: str) -> tuple[Replaceable,
 def build_method(config: Method, guided: Guided, when: Schedule) -> Guidance:
     """The guidance of a configuration. when: the schedule that it has where its own flag does not say otherwise."""
     network = guided.network
-    common = {"scale": config.scale, "schedule": changed(when, *config.schedule)}
+    scale, schedule = config.scale, changed(when, *config.schedule)
     match config:
         case AutoguidanceConfig():
-            return Autoguidance(weak=guided.weak.denoiser, network=guided.weak.network, **common)
+            weak = guided.weak
+            assert weak is not None, "its settings have no scale without weak_model_path"
+            return Autoguidance(weak=weak.denoiser, network=weak.network, scale=scale, schedule=schedule)
         case IndependentConditionConfig():
             if not guided.about.class_cond:
                 raise ValueError("icg_scale: needs a network with classes (class_cond)")
             if guided.labels == "none":
                 raise ValueError("icg_scale: with labels none there is no class; give --labels random or classes")
-            return IndependentConditionGuidance(num_classes=guided.about.num_classes, **common)
+            num_classes = guided.about.num_classes
+            return IndependentConditionGuidance(num_classes=num_classes, scale=scale, schedule=schedule)
         case TimeStepConfig():
             embedder = network.t_embedder["mlp"] if isinstance(network, DiT) else network.time_embed
-            return TimeStepGuidance(embedder=embedder, noise=config.tsg_noise, power=config.tsg_power, **common)
+            noise, power = config.tsg_noise, config.tsg_power
+            return TimeStepGuidance(embedder=embedder, noise=noise, power=power, scale=scale, schedule=schedule)
         case TokenPerturbationConfig():
-            return TokenPerturbationGuidance(blocks=blocks_named(network, "tpg_blocks", config.tpg_blocks), **common)
+            blocks_named(network, "tpg_blocks", config.tpg_blocks)  # says which name is none
+            blocks = _layers_named(network, "tpg_blocks", config.tpg_blocks)
+            return TokenPerturbationGuidance(blocks=blocks, scale=scale, schedule=schedule)
         case SkippedLayersConfig():
             layers = _layers_named(network, "skip_layers", config.skip_layers)
-            return SkippedLayersGuidance(layers=layers, drawn=config.skip_drawn, **common)
+            return SkippedLayersGuidance(layers=layers, drawn=config.skip_drawn, scale=scale, schedule=schedule)
         case MomentumConfig():
-            return MomentumGuidance(decay=config.momentum_decay, **common)
+            return MomentumGuidance(decay=config.momentum_decay, scale=scale, schedule=schedule)
+    raise TypeError(f"{type(config).__name__}: settings of no guidance that is known here")
 
 
 def _transforms(config: TransformConfig) -> list[Transform]:
