@@ -54,6 +54,14 @@ def test_no_noise_at_the_last_step():
         assert not torch.equal(with_noise[1], without[1])
 
 
+def test_ancestral_sampling_needs_a_variance():
+    process = ForwardProcess(get_named_beta_schedule("linear", 50))
+    denoiser = NetworkDenoiser(lambda x, _t: x, process, ModelMeanType.EPSILON, None)
+    x_T = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="variance: ddpm and the variational bound need a denoiser with one"):
+        next(samplers.ddpm(denoiser, process, x_T, {}, lambda _: x_T))
+
+
 def test_ddim_can_be_reversed():
     diffusion = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
     process = diffusion.process

@@ -24,6 +24,7 @@ from guided_diffusion.networks.dit import DiT
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
 from guided_diffusion.settings.methods import (
     IndependentConditionConfig,
+    Method,
     SkippedLayersConfig,
     TimeStepConfig,
     TokenPerturbationConfig,
@@ -305,6 +306,15 @@ def test_a_layer_that_is_not_called_is_noticed(network, weak):
 def test_impossible_parameters_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_settings_without_a_guidance_are_noticed(network):
+    class UnknownConfig(Method):
+        prefix = "unknown"
+        unknown_scale, unknown_schedule, said = 1.0, "", ""
+
+    with pytest.raises(TypeError, match="UnknownConfig: settings of no guidance"):
+        build_method(UnknownConfig(), Guided(network, NetworkConfig(), "random"), Schedule())
 
 
 def test_streams_of_purposes_and_places_are_their_own():
