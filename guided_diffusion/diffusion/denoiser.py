@@ -68,6 +68,8 @@ class Prediction:
     """scale · ∇ log p(y | x_t) of a classifier; every sampler applies it in its own way."""
     predicts: ModelMeanType = ModelMeanType.EPSILON
     """What the network's own output is."""
+    guided: bool = False
+    """Whether a `GuidedDenoiser` made it."""
 
     @cached_property
     def x0(self) -> Tensor:
