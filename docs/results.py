@@ -128,9 +128,21 @@ def precision() -> str:
     return rows("part | reference | tolerance | worst seen | test", lines)
 
 
+def benchmark() -> str:
+    """What the benchmark found, section by section, and on which machine."""
+    found = read("docs/benchmark.json")
+    names = ("processor", "cores", "threads", "gpu", "torch", "python")
+    about = ", ".join(f"{name} {found['machine'][name]}" for name in names if found["machine"][name])
+    lines = [
+        [row["section"], row["what"], f"{row['value']:,.{1 if row['value'] > 10 else 2}f} {row['unit']}".strip()]
+        for row in found["rows"]
+    ]
+    return f"{rows('section | what | measured', lines)}\n\nMachine: {about}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "demo": demo, "attention": attention, "disturbances": disturbances, "calibration": calibration,
-    "cost": cost, "precision": precision,
+    "benchmark": benchmark, "demo": demo, "attention": attention, "disturbances": disturbances,
+    "calibration": calibration, "cost": cost, "precision": precision,
 }  # fmt: skip
 
 
