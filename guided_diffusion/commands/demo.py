@@ -1,8 +1,8 @@
 """Self-attention guidance in a minute: the embedded model, the same noise, without and with guidance.
 
-Settings come from --config emoji --config emoji_fast, then flags. Writes to runs/demo: index.html, a page that shows every
-sample unguided, under its attention mask and guided; the same as comparison.png; the folders unguided and guided with
-all samples; and summary.txt. All flags of image_sample.py work here too:
+Settings come from --config emoji --config emoji_fast, then flags. Writes to runs/demo: index.html, a page that shows
+every sample unguided, under its attention mask and guided; the same as comparison.png; the folders unguided and guided
+with all samples; and summary.txt. All flags of image_sample.py work here too:
 
   python scripts/demo.py --num_samples 4 --sag_scale 2
 """

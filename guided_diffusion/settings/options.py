@@ -311,6 +311,7 @@ def parse_args(
     for a warning about what was given and what was not.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    default = f" (default: {', then '.join(default_configs)})" if default_configs else ""
     parser.add_argument(
         "--config",
         metavar="FILE",
