@@ -317,8 +317,7 @@ def parse_args(
         metavar="FILE",
         action="append",
         help="YAML file of settings, one `flag: value` a line, or the name of one that comes with the package (emoji); "
-        "a later file wins, and flags win over files"
-        + (f" (default: {', then '.join(default_configs)})" if default_configs else ""),
+        "a later file wins, and flags win over files" + default,
     )
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
