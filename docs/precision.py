@@ -28,6 +28,7 @@ PARTS = {
         UPSTREAM,
         "networks/test_golden_networks.py::test_network_output",
     ),
+    "Networks: DiT": ("DiT's numbers", "networks/test_dit.py::test_output_is_that_of_dit"),
     "Schedules": (UPSTREAM, "networks/test_golden_networks.py::test_schedule"),
     "Losses": (UPSTREAM, "networks/test_golden_networks.py::test_losses"),
     "Means and variances": (UPSTREAM, "networks/test_golden_networks.py::test_mean_and_variance"),
@@ -41,6 +42,24 @@ PARTS = {
         "guidance/test_golden_sag.py::test_step_of_the_sampler",
     ),
     "SAG: whole trajectories": (AUTHORS, "guidance/test_golden_sag.py::test_trajectory"),
+    "SAG, CFG and both of DiT: every number of a step": (
+        "DiT's numbers and the paper's formulas",
+        "guidance/test_golden_dit.py::test_every_number_of_a_guided_step",
+    ),
+    "PAG": ("attention by hand", "guidance/test_replaced_attention.py::test_identity_attention_by_hand"),
+    "SEG": ("attention by hand", "guidance/test_replaced_attention.py::test_blurred_queries_by_hand"),
+    "Time-step guidance": (
+        "the embedding by hand",
+        "guidance/test_methods.py::test_the_timestep_embedding_is_disturbed_by_its_own_spread",
+    ),
+    "Momentum guidance": (
+        "its formula",
+        "guidance/test_methods.py::test_momentum_leads_away_from_the_average_of_earlier_steps",
+    ),
+    "Transforms: APG's momentum": (
+        "its formula",
+        "guidance/test_transforms.py::test_momentum_adds_earlier_differences_in_x0",
+    ),
     "Attention score": (
         "the map in float64",
         "networks/test_attention.py::test_rounding_does_not_grow_with_the_parts_that_a_batch_is_cut_into",
@@ -48,6 +67,13 @@ PARTS = {
     "Blur": ("scipy", "guidance/test_blur.py::test_agrees_with_scipy"),
     "Solvers: every state": ("diffusers", "diffusion/test_solvers.py::test_every_state_is_that_of_diffusers"),
     "Solvers: one image": ("its exact path", "diffusion/test_solvers.py::test_one_image_is_reached_on_its_exact_path"),
+    "Flow: steps of Euler": ("SiT's formulas", "diffusion/test_flow.py::test_euler_is_sits"),
+    "Flow: steps of Heun": ("SiT's formulas", "diffusion/test_flow.py::test_heun_is_sits"),
+    "Flow: SAG and CFG": ("the paper's formulas", "diffusion/test_flow.py::test_guidance_is_the_formulas"),
+    "Autoencoder: images of latents": (
+        "diffusers' SAG pipeline",
+        "stable_diffusion/test_stable_diffusion.py::test_golden_decode",
+    ),
     "Stable Diffusion: SAG, CFG and both": (
         "diffusers' SAG pipeline",
         "stable_diffusion/test_stable_diffusion.py::test_golden",
@@ -103,7 +129,7 @@ class Recorder:
         found["comparisons"] += 1
         found["worst"] = max(found["worst"], away.max().item() / largest if largest else away.max().item())
         if used > found["used"]:
-            found |= {"used": used, "atol": atol, "rtol": rtol, "of_largest": of_largest}
+            found |= {"used": used, "atol": float(atol), "rtol": float(rtol), "of_largest": of_largest}
 
     def pytest_configure(self) -> None:
         heard, recorder = torch.testing.assert_close, self
