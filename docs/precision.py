@@ -4,7 +4,7 @@
   python docs/precision.py Blur SAG   # the parts whose names begin so; the others stay as they are
 
 A figure is the largest difference between what a test compares, in units of the reference's largest magnitude; the
-tolerance is that of the comparison that came nearest to its own.
+tolerance is that of the comparison that it was seen in.
 """
 
 import json
@@ -122,14 +122,12 @@ class Recorder:
         ours, reference = (torch.as_tensor(np.asarray(x, dtype=np.float64)) for x in (ours, reference))
         if not reference.numel() or not reference.isfinite().all():
             return
-        away, largest = (ours - reference).abs(), reference.abs().max().item()
-        allowed = of_largest * largest if of_largest else atol + rtol * reference.abs()
-        used = (away / torch.as_tensor(allowed).clamp(min=1e-300)).max().item()
-        found = self.worst.setdefault(self.test, {"worst": 0.0, "used": -1.0, "comparisons": 0})
+        away, largest = (ours - reference).abs().max().item(), reference.abs().max().item()
+        worst = away / largest if largest else away
+        found = self.worst.setdefault(self.test, {"worst": -1.0, "comparisons": 0})
         found["comparisons"] += 1
-        found["worst"] = max(found["worst"], away.max().item() / largest if largest else away.max().item())
-        if used > found["used"]:
-            found |= {"used": used, "atol": float(atol), "rtol": float(rtol), "of_largest": of_largest}
+        if worst > found["worst"]:
+            found |= {"worst": worst, "atol": float(atol), "rtol": float(rtol), "of_largest": of_largest}
 
     def pytest_configure(self) -> None:
         heard, recorder = torch.testing.assert_close, self
@@ -179,9 +177,8 @@ def main() -> None:
     rows = []
     for part, (reference, test) in PARTS.items():
         if part in wanted:
-            found = recorder.worst[f"tests/{test}"]
-            found.pop("used")
-            before[part] = {"part": part, "reference": reference, "test": f"tests/{test}", **found}
+            about = {"part": part, "reference": reference, "test": f"tests/{test}"}
+            before[part] = about | recorder.worst[about["test"]]
         rows += [before[part]] if part in before else []
     FILE.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
