@@ -1,0 +1,91 @@
+"""The site of the documents (`make docs`): the Markdown pages where they stand in the repository, and API pages.
+
+Sphinx's source is the repository itself, so that links between pages are right as they are written; one to a file that
+is no page becomes a download of it.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+
+from guided_diffusion import __version__
+
+ROOT = Path(__file__).parent.parent
+API = ("python", "guidance", "diffusion", "networks", "stable_diffusion", "evaluations", "door")
+CARDS = (
+    "configs/models/emoji32", "configs/models/emoji32_classifier", "configs/tables/results/demo",
+    "evaluations/emoji_features",
+)  # fmt: skip
+PROJECT = ("docs/README", "CONTRIBUTING", "CHANGELOG")
+
+project = html_title = "Self-Attention Guidance"
+release = __version__
+html_theme = "furo"
+html_show_copyright = False
+smartquotes = False  # of --flag they make –flag
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+root_doc = "README"
+source_suffix = {".md": "markdown", ".ipynb": "markdown", ".rst": "restructuredtext"}
+include_patterns = ["*.md", "docs/**", *(f"{card}.md" for card in CARDS)]
+exclude_patterns = [".*", "build", "data", "runs", "tests"]
+myst_heading_anchors = 4
+
+# Docstrings are prose; what stands in backticks is code, and a link where it is a name that has a place here.
+default_role = "py:obj"
+autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_inherit_docstrings = False
+autodoc_mock_imports = ["diffusers", "mpi4py", "transformers"]
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 100
+toc_object_entries_show_parents = "hide"
+
+
+def contents() -> str:
+    """What stands beside every page: the pages in the groups of docs/README.md, then those that it does not have."""
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    groups = {
+        head: [f"docs/{page}" for page in re.findall(r"\]\((\w+)\.\w+\)", row)]
+        for head, row in re.findall(r"^\| (\w.*?) \| (.*) \|$", index, flags=re.MULTILINE)
+    }
+    groups |= {"API": [f"docs/api/{page}" for page in API], "What is embedded": CARDS, "This project": PROJECT}
+    return "".join(
+        f"\n```{{toctree}}\n:hidden:\n:caption: {head[0].upper()}{head[1:]}\n\n/" + "\n/".join(pages) + "\n```\n"
+        for head, pages in groups.items()
+    )
+
+
+def read(app: Any, docname: str, source: list[str]) -> None:
+    """Gives the front page the contents, and makes Markdown of a notebook: of cells of code, blocks of it."""
+    if docname == root_doc:
+        source[0] += contents()
+    elif app.env.doc2path(docname).suffix == ".ipynb":
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source[0])["cells"]]
+        source[0] = "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells)
+
+
+def signature(_app: Any, _what: str, _name: str, _object: Any, _options: Any, given: str | None, returned: str) -> Any:
+    """Defaults that Python does not write as Python: a function by its name, `...` for what is made anew."""
+    return given and (re.sub(r"<(?:function (\w+)|factory)>", lambda match: match[1] or "...", given), returned)
+
+
+def without_object(_app: Any, tree: nodes.document) -> None:
+    """That a class has no base need not be said."""
+    for paragraph in [node for node in tree.findall(nodes.paragraph) if node.astext() == "Bases: object"]:
+        paragraph.parent.remove(paragraph)
+
+
+def finish(app: Any, _error: Exception | None) -> None:
+    """Hosts and people look for index.html."""
+    (Path(app.outdir) / "index.html").write_text('<meta http-equiv="refresh" content="0; url=README.html">\n')
+
+
+def setup(app: Any) -> None:
+    for event, hook in (
+        ("source-read", read), ("autodoc-process-signature", signature), ("doctree-read", without_object),
+        ("build-finished", finish),
+    ):  # fmt: skip
+        app.connect(event, hook)
