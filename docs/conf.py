@@ -25,6 +25,9 @@ project = html_title = "Self-Attention Guidance"
 release = __version__
 html_theme = "furo"
 html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+highlight_language = "sh"
 smartquotes = False  # of --flag they make –flag
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
@@ -42,6 +45,7 @@ autodoc_mock_imports = ["diffusers", "mpi4py", "transformers"]
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
+viewcode_follow_imported_members = False
 
 
 def contents() -> str:
@@ -72,6 +76,12 @@ def signature(_app: Any, _what: str, _name: str, _object: Any, _options: Any, gi
     return given and (re.sub(r"<(?:function (\w+)|factory)>", lambda match: match[1] or "...", given), returned)
 
 
+def described(_app: Any, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """What a docstring tells of by name, as `scale: the paper's s. seed, labels: …` at the beginning, stands out."""
+    if what != "module":
+        lines[:] = [re.sub(r"(?:^|(?<=[.;] ))([a-z]\w*(?:, [a-z]\w*)*)(?=: )", r"**\1**", line) for line in lines]
+
+
 def without_object(_app: Any, tree: nodes.document) -> None:
     """That a class has no base need not be said."""
     for paragraph in [node for node in tree.findall(nodes.paragraph) if node.astext() == "Bases: object"]:
@@ -85,7 +95,7 @@ def finish(app: Any, _error: Exception | None) -> None:
 
 def setup(app: Any) -> None:
     for event, hook in (
-        ("source-read", read), ("autodoc-process-signature", signature), ("doctree-read", without_object),
-        ("build-finished", finish),
+        ("source-read", read), ("autodoc-process-signature", signature), ("autodoc-process-docstring", described),
+        ("doctree-read", without_object), ("build-finished", finish),
     ):  # fmt: skip
         app.connect(event, hook)
