@@ -66,20 +66,22 @@ def read(app: Any, docname: str, source: list[str]) -> None:
     """Gives the front page the contents, and makes Markdown of a notebook: of cells of code, blocks of it."""
     if docname == root_doc:
         source[0] += contents()
-    elif app.env.doc2path(docname).suffix == ".ipynb":
+    elif Path(app.env.doc2path(docname)).suffix == ".ipynb":
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source[0])["cells"]]
         source[0] = "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells)
 
 
 def signature(_app: Any, _what: str, _name: str, _object: Any, _options: Any, given: str | None, returned: str) -> Any:
     """Defaults that Python does not write as Python: a function by its name, `...` for what is made anew."""
-    return given and (re.sub(r"<(?:function (\w+)|factory)>", lambda match: match[1] or "...", given), returned)
+    default = re.compile(r"<(?:(?:built-in )?function (\w+)|factory)>")
+    return given and (default.sub(lambda match: match[1] or "...", given), returned)
 
 
 def described(_app: Any, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
     """What a docstring tells of by name, as `scale: the paper's s. seed, labels: …` at the beginning, stands out."""
     if what != "module":
-        lines[:] = [re.sub(r"(?:^|(?<=[.;] ))([a-z]\w*(?:, [a-z]\w*)*)(?=: )", r"**\1**", line) for line in lines]
+        told = re.compile(r"(^|(?<=[.;] ))([a-z]\w*(, [a-z]\w*)*)(?=:\s)", re.MULTILINE)
+        lines[:] = told.sub(r"**\2**", "\n".join(lines)).split("\n")
 
 
 def without_object(_app: Any, tree: nodes.document) -> None:
