@@ -80,8 +80,8 @@ def signature(_app: Any, _what: str, _name: str, _object: Any, _options: Any, gi
 def described(_app: Any, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
     """What a docstring tells of by name, as `scale: the paper's s. seed, labels: …` at the beginning, stands out."""
     if what != "module":
-        told = re.compile(r"(^|(?<=[.;] ))([a-z]\w*(, [a-z]\w*)*)(?=:\s)", re.MULTILINE)
-        lines[:] = told.sub(r"**\2**", "\n".join(lines)).split("\n")
+        told = re.compile(r"(?:^|(?<=\n\n)|(?<=[.;]\s))([a-z]\w*(?:, [a-z]\w*)*)(?=:\s)")
+        lines[:] = told.sub(r"**\1**", "\n".join(lines)).split("\n")
 
 
 def without_object(_app: Any, tree: nodes.document) -> None:
