@@ -15,10 +15,11 @@ from guided_diffusion import __version__
 
 ROOT = Path(__file__).parent.parent
 API = ("python", "guidance", "diffusion", "networks", "stable_diffusion", "evaluations", "door")
-CARDS = (
-    "configs/models/emoji32", "configs/models/emoji32_classifier", "configs/tables/results/demo",
-    "evaluations/emoji_features",
-)  # fmt: skip
+CARDS = [
+    path.relative_to(ROOT).with_suffix("").as_posix()
+    for folder in ("configs/models", "configs/tables/results", "evaluations")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
 PROJECT = ("docs/README", "CONTRIBUTING", "CHANGELOG")
 
 project = html_title = "Self-Attention Guidance"
@@ -33,7 +34,7 @@ smartquotes = False  # of --flag they make –flag
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 root_doc = "README"
 source_suffix = {".md": "markdown", ".ipynb": "markdown", ".rst": "restructuredtext"}
-include_patterns = ["*.md", "docs/**", *(f"{card}.md" for card in CARDS)]
+include_patterns = ["docs/**", *(f"{page}.md" for page in (root_doc, *PROJECT, *CARDS))]
 exclude_patterns = [".*", "build", "data", "runs", "tests"]
 myst_heading_anchors = 4
 
