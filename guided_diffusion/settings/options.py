@@ -300,23 +300,24 @@ def parse_args(
     description: str,
     groups: tuple[type, ...],
     argv: list[str] | None = None,
-    default_config: str | None = None,
+    default_configs: Sequence[str] = (),
     without: Container[str] = (),
     unread: tuple[type, ...] = (),
 ) -> list[Any]:
     """Command line to one instance of every dataclass in `groups`: defaults < `--config` files < flags.
 
     without: fields of the groups that are no flags here. unread: groups of other scripts whose fields a `--config` file
-    may have all the same. A group's method `remark(given)`, if it has one, is asked
-    for a warning about what was given and what was not.
+    may have all the same. A group's method `remark(given, explicit)`, if it has one,
+    is asked for a warning about what was given and what was not; explicit: by flags, not by files.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    default = f" (default: {', then '.join(default_configs)})" if default_configs else ""
     parser.add_argument(
         "--config",
         metavar="FILE",
         action="append",
         help="YAML file of settings, one `flag: value` a line, or the name of one that comes with the package (emoji); "
-        "a later file wins, and flags win over files" + (f" (default: {default_config})" if default_config else ""),
+        "a later file wins, and flags win over files" + default,
     )
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
@@ -340,7 +341,7 @@ def parse_args(
         name = unknown[0].lstrip("-").partition("=")[0]
         parser.error(f"unknown flag {unknown[0]}{_hint(name, _fields(groups, without), '--')}")
     flags = vars(known)
-    files = flags.pop("config", None) or ([default_config] if default_config else [])
+    files = flags.pop("config", None) or list(default_configs)
     with exit_on_bad_input():
         return configure(groups, files, ("command line", flags), without, unread)
 
@@ -362,7 +363,7 @@ def configure(
     configs = merge(groups, *layers, over, without=without)
     given = set(over[1]).union(*(layer for _, layer in layers))
     for config in configs:
-        if hasattr(config, "remark") and (remark := config.remark(given)):
+        if hasattr(config, "remark") and (remark := config.remark(given, over[1])):
             log.warning(remark)
     return configs
 
