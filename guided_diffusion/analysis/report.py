@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.files import plain
-from ..tables.page import Section, as_markdown, measured, templates
+from ..tables.page import Curve, Section, as_markdown, measured, templates
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -65,7 +65,7 @@ def frequency(study: Results) -> Section:
         ["map", "ψ", "share", "masked − all", "above, as in the paper?", f"more than at ψ = {first}",
          "above, as in the paper?", "N"],
         rows,
-        plot=partial(curves, study),
+        curves=[Curve(partial(curves, study))],
     )  # fmt: skip
 
 

@@ -52,6 +52,12 @@ def enlarge(image: np.ndarray, side: int) -> np.ndarray:
     return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
+def reduced(images: np.ndarray, side: int) -> np.ndarray:
+    """[N, H, W, 3] uint8 with means of squares of pixels in their place, so that no side has more than `side` pixels."""
+    times = max(1, -(-max(images.shape[1:3]) // side))
+    return np.stack([np.asarray(Image.fromarray(image).reduce(times)) for image in images])
+
+
 def heat(values: np.ndarray) -> np.ndarray:
     """[N, H, W] in [0, 1] as dark-blue-to-yellow pictures [N, H, W, 3] uint8."""
     stops = np.array([[18, 18, 66], [140, 40, 120], [240, 120, 60], [255, 245, 150]], dtype=np.float64)
