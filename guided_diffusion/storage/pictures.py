@@ -53,7 +53,7 @@ def enlarge(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def reduced(images: np.ndarray, side: int) -> np.ndarray:
-    """[N, H, W, 3] uint8 with means of squares of pixels in their place, so that no side has more than `side` pixels."""
+    """[N, H, W, 3] uint8 with means over squares of pixels, so that no side has more than `side` of them."""
     times = max(1, -(-max(images.shape[1:3]) // side))
     return np.stack([np.asarray(Image.fromarray(image).reduce(times)) for image in images])
 

@@ -77,7 +77,7 @@ def same_noise(pipeline: ImagePipeline, count: int) -> SameNoise:
         return pixels(pipeline, state.x)
 
     unguided = made(replace(pipeline, guidances=(), cond_fn=None))
-    if not any(guidance.scale for guidance in pipeline.guidances) and not pipeline.cond_fn:
+    if not pipeline.cond_fn and not any(guidance.scale for guidance in pipeline.guidances):
         return SameNoise(unguided, None, None)
     masked = [guidance for guidance in pipeline.guidances if isinstance(guidance, MaskedBlur) and guidance.scale]
     counter = MaskCounter(masked[0], len(indices), pipeline.side) if masked else None
@@ -100,11 +100,8 @@ def draw(pipeline: ImagePipeline, folder: Path) -> None:
         return
     seen = same_noise(pipeline, SHOWN)
     mask = None if seen.share is None else pictures.masked(seen.guided, seen.share)
-    for name, images in (
-        ("guided", seen.guided),
-        ("mask", mask),
-        ("unguided", seen.unguided),
-    ):  # the last one says: done
+    last = ("unguided", seen.unguided)  # says that all are there
+    for name, images in (("guided", seen.guided), ("mask", mask), last):
         if images is not None:
             pictures.save_png(pictures.grid(pictures.reduced(images, LARGEST), SHOWN), _strip(folder, name))
 

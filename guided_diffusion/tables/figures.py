@@ -27,10 +27,10 @@ DISTANCES = ("fid", "frechet_distance")
 MARKERS = "osD^vP*X<>"
 MOST_LINES = len(MARKERS)
 
-ERRORS = "Bars are standard errors."
+ERRORS = "Bars are standard errors of the samples' side."
 SHARED_ERRORS = (
-    "Bars are standard errors of the samples' side. Rows that begin from the same noise share most of them: paired "
-    "differences, as in the tables, are sharper than the bars of the distances."
+    f"{ERRORS} Rows that begin from the same noise share part of them: paired differences, as in the tables, are mostly "
+    "sharper than the bars of the distances make believe."
 )
 
 Result = Mapping[str, Any]
@@ -156,7 +156,7 @@ def _cost_curve(rows: Sequence[Result], firsts: Mapping[str, Result], results: M
             said.append(f"Left out, as {why}: {', '.join(names[of] for of in left_out)}.")
     distance = TITLES[at_common_n(methods[kept[0]][0])[0]]
     against = " or ".join(dict.fromkeys(of[0] for of in black)) or "the first row"
-    titles = Titles("network evaluations a sample", distance, f"{against}, same evaluations")
+    titles = Titles("network evaluations a sample", distance, f"{against}, at as many")
     plot = partial(draw, lines, titles, black=[names[of] for of in black], logarithmic=True)
     return Curve(plot, " ".join(said))
 
@@ -191,7 +191,7 @@ def draw(
     left.set_ylabel(titles.distance)
     for axes in right:
         axes.axhline(0, color="black", linestyle="--", linewidth=1)
-        axes.set_ylabel(f"minus that of {titles.against}")
+        axes.set_ylabel(f"minus that of\n{titles.against}")
     for axes in (left, *right):
         axes.set_xlabel(titles.x)
         axes.grid(alpha=0.3)

@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..runs.identity import distinct, what_differs
-from .figures import (
-    DISTANCES, TITLES, Result, at_common_n, cost, cost_curves, costed, curves_by_x, samples_of,
-)  # fmt: skip
+from .figures import DISTANCES, TITLES, Result, at_common_n, cost, cost_curves, costed, curves_by_x, samples_of
 from .page import Line, Section, as_markdown, measured, templates
 
 if TYPE_CHECKING:
@@ -201,8 +199,8 @@ def html(results: Mapping[str, Any], strips: Mapping[str, "Strips"]) -> str:
 
     Curves need matplotlib (the extra `report`); without it the page says so.
     """
-    return (
-        templates()
-        .get_template("page.html.j2")
-        .render(title=results["title"], introduction=_introduction(results), sections=_sections(results, strips))
-    )
+    said = _introduction(results)
+    if strips:
+        said.append("Pictures of one column begin from the same noise; a pointer on a guided one shows it unguided.")
+    page = templates().get_template("page.html.j2")
+    return page.render(title=results["title"], introduction=said, sections=_sections(results, strips))
