@@ -29,7 +29,7 @@ MOST_LINES = len(MARKERS)
 
 ERRORS = "Bars are standard errors of the samples' side."
 SHARED_ERRORS = (
-    f"{ERRORS} Rows that begin from the same noise share part of them: paired differences, as in the tables, are mostly "
+    f"{ERRORS} Rows that begin from the same noise share part of them: paired differences, as in tables, are mostly "
     "sharper than the bars of the distances make believe."
 )
 
@@ -55,17 +55,20 @@ def samples_of(row: Result, results: Mapping[str, Any]) -> int:
 
 
 def costed(results: Mapping[str, Any]) -> list[Result]:
-    """Measured rows whose cost is network evaluations alone: a classifier's gradients cost as well."""
+    """Measured rows whose cost is known in network evaluations: a classifier's gradients cost as well."""
     return [
         row
         for row in results["rows"]
-        if row["metrics"] and at_common_n(row) and not row["same_as"] and not row.get("classifier_gradients_per_sample")
+        if row["metrics"] and at_common_n(row) and not row["same_as"] and cost(row) is not None
     ]
 
 
-def cost(row: Result) -> float:
-    """The network evaluations of a sample."""
-    return row["network_evaluations_per_sample"]
+def cost(row: Result) -> float | None:
+    """The network evaluations of a sample, those of a weak network by their multiply-adds; None where not known."""
+    weak, part = row.get("weak_network_evaluations_per_sample", 0), row.get("weak_network_pass")
+    if row.get("classifier_gradients_per_sample") or (weak and part is None):
+        return None
+    return row["network_evaluations_per_sample"] + (weak * part if weak else 0)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def _cost_curve(rows: Sequence[Result], firsts: Mapping[str, Result], results: M
 
     def point(row: Result) -> Point:
         first = firsts[row["group"]]
-        same = first.get("network_evaluations_per_sample") and round(cost(first)) == round(cost(row))
+        same = first["metrics"] and cost(first) is not None and round(cost(first)) == round(cost(row))
         return Point(cost(row), at_common_n(row)[1], _difference(row) if same else None)
 
     lines = {names[of]: [point(row) for row in methods[of]] for of in kept}

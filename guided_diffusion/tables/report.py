@@ -52,13 +52,19 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
         line += [measured(row["common"].get(distance))] if distance else []
         line += [_difference(row, rows[0])] if compared else []
         rate = row.get("images_per_s")
-        cost = row.get("network_evaluations_per_sample")
-        gradients = row.get("classifier_gradients_per_sample")
-        shown = "–" if not cost else f"{cost:g} + {gradients} of the classifier" if gradients else f"{cost:g}"
-        line += [str(row["n"] or "–"), shown, f"{rate:.2f}" if rate else "–"]
+        line += [str(row["n"] or "–"), _evaluations(row), f"{rate:.2f}" if rate else "–"]
         line += [row.get("fidelity") or "–", (row["reason"] and f"not run: {row['reason']}") or row["note"]]
         cells.append(line)
     return head, cells
+
+
+def _evaluations(row: Result) -> str:
+    """What a sample took."""
+    if not (found := row.get("network_evaluations_per_sample")):
+        return "–"
+    more = {"the classifier": row.get("classifier_gradients_per_sample")}
+    more |= {"the weak network": row.get("weak_network_evaluations_per_sample")}
+    return " + ".join([f"{found:g}", *(f"{count} of {whose}" for whose, count in more.items() if count)])
 
 
 def _difference(row: Result, first: Result) -> str:
