@@ -82,11 +82,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Titles:
-    """Of the axes. against: what differences are to."""
+    """Of the axes."""
 
     x: str
     distance: str
-    against: str
+    difference: str
 
 
 def _difference(row: Result) -> Measured | None:
@@ -114,7 +114,7 @@ def curves_by_x(rows: Sequence[Result], title: str) -> list[Curve]:
         said.append(f"Not measured, so not here: {', '.join(missing)}.")
     if unknown := [row["label"] for row in there if at_common_n(row)[1]["error"] is None]:
         said.append(f"Without a bar, as the error is not known: {', '.join(unknown)}.")
-    titles = Titles(title, TITLES[at_common_n(there[0])[0]], first["label"])
+    titles = Titles(title, TITLES[at_common_n(there[0])[0]], f"minus that of {first['label']}")
     return [Curve(partial(draw, {"": points}, titles, joined=len(points) > 2), " ".join(said))]
 
 
@@ -159,7 +159,7 @@ def _cost_curve(rows: Sequence[Result], firsts: Mapping[str, Result], results: M
             said.append(f"Left out, as {why}: {', '.join(names[of] for of in left_out)}.")
     distance = TITLES[at_common_n(methods[kept[0]][0])[0]]
     against = " or ".join(dict.fromkeys(of[0] for of in black)) or "the first row"
-    titles = Titles("network evaluations a sample", distance, f"{against}, at as many")
+    titles = Titles("network evaluations a sample", distance, f"minus {against}\nat as many evaluations")
     plot = partial(draw, lines, titles, black=[names[of] for of in black], logarithmic=True)
     return Curve(plot, " ".join(said))
 
@@ -194,14 +194,14 @@ def draw(
     left.set_ylabel(titles.distance)
     for axes in right:
         axes.axhline(0, color="black", linestyle="--", linewidth=1)
-        axes.set_ylabel(f"minus that of\n{titles.against}")
+        axes.set_ylabel(titles.difference)
     for axes in (left, *right):
         axes.set_xlabel(titles.x)
         axes.grid(alpha=0.3)
         if logarithmic:
-            ticks = sorted({point.x for points in lines.values() for point in points})
+            ticks = sorted({round(point.x) for points in lines.values() for point in points})
             axes.set_xscale("log")
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.set_xticks([], minor=True)
     if len(lines) > 1:
         handles, names = left.get_legend_handles_labels()
