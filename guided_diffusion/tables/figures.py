@@ -49,9 +49,9 @@ def at_common_n(row: Result) -> tuple[str, Measured] | None:
     return None
 
 
-def samples_of(row: Result, results: Mapping[str, Any]) -> int:
+def samples_of(row: Result, common_n: int) -> int:
     """The number of samples that this distance is of."""
-    return results["common_n"] if row["common"] else row["n"]
+    return common_n if row["common"] else row["n"]
 
 
 def costed(results: Mapping[str, Any]) -> list[Result]:
@@ -95,7 +95,7 @@ def _difference(row: Result) -> Measured | None:
     return next((metrics[name] for name in DISTANCES if name in metrics), None)
 
 
-def curves_by_x(rows: Sequence[Result], title: str) -> list[Curve]:
+def curves_by_x(rows: Sequence[Result], title: str, common_n: int) -> list[Curve]:
     """Of a group's rows that have an x; none where no row has one."""
     asked = [row for row in rows if row["x"] is not None]
     there = sorted((row for row in asked if at_common_n(row)), key=lambda row: row["x"])
@@ -112,10 +112,14 @@ def curves_by_x(rows: Sequence[Result], title: str) -> list[Curve]:
         said.append("Two points make no line.")
     if missing := [row["label"] for row in asked if row not in there]:
         said.append(f"Not measured, so not here: {', '.join(missing)}.")
+    numbers = {row["label"]: samples_of(row, common_n) for row in there}
+    if len(set(numbers.values())) > 1:
+        unlike = ", ".join(f"{label} N = {n}" for label, n in numbers.items())
+        said.append(f"Not of the same number of samples, which moves distances: {unlike}.")
     if unknown := [row["label"] for row in there if at_common_n(row)[1]["error"] is None]:
         said.append(f"Without a bar, as the error is not known: {', '.join(unknown)}.")
     titles = Titles(title, TITLES[at_common_n(there[0])[0]], f"minus that of {first['label']}")
-    return [Curve(partial(draw, {"": points}, titles, joined=len(points) > 2), " ".join(said))]
+    return [Curve(partial(draw, {title: points}, titles, joined=len(points) > 2), " ".join(said))]
 
 
 def cost_curves(results: Mapping[str, Any]) -> list[Curve]:
@@ -127,15 +131,15 @@ def cost_curves(results: Mapping[str, Any]) -> list[Curve]:
     for row in costed(results):
         references.setdefault(row.get("reference", ""), []).append(row)
     firsts = {row["group"]: row for row in reversed(results["rows"])}
-    found = [_cost_curve(rows, firsts, results) for rows in references.values()]
+    found = [_cost_curve(rows, firsts, results["common_n"]) for rows in references.values()]
     return [curve for curve in found if curve]
 
 
-def _cost_curve(rows: Sequence[Result], firsts: Mapping[str, Result], results: Mapping[str, Any]) -> Curve | None:
-    """firsts: by group."""
+def _cost_curve(rows: Sequence[Result], firsts: Mapping[str, Result], common_n: int) -> Curve | None:
+    """The figure of one reference. firsts: by group."""
     methods: dict[tuple[str, int], list[Result]] = {}
     for row in sorted(rows, key=cost):
-        methods.setdefault((row["label"], samples_of(row, results)), []).append(row)
+        methods.setdefault((row["label"], samples_of(row, common_n)), []).append(row)
     methods = {of: rows for of, rows in methods.items() if len(rows) > 1}
     unclear = [of for of, rows in methods.items() if len({round(cost(row)) for row in rows}) < len(rows)]
     kept = [of for of in methods if of not in unclear]
@@ -154,9 +158,10 @@ def _cost_curve(rows: Sequence[Result], firsts: Mapping[str, Result], results: M
 
     lines = {names[of]: [point(row) for row in methods[of]] for of in kept}
     said = [SHARED_ERRORS]
-    for why, left_out in ((f"a figure shows {MOST_LINES}", crowded), ("several rows took the same number", unclear)):
+    reasons = {f"a figure shows {MOST_LINES} at most": crowded, "several of their rows took the same number": unclear}
+    for reason, left_out in reasons.items():
         if left_out:
-            said.append(f"Left out, as {why}: {', '.join(names[of] for of in left_out)}.")
+            said.append(f"Left out, as {reason}: {', '.join(names[of] for of in left_out)}.")
     distance = TITLES[at_common_n(methods[kept[0]][0])[0]]
     against = " or ".join(dict.fromkeys(of[0] for of in black)) or "the first row"
     titles = Titles("network evaluations a sample", distance, f"minus {against}\nat as many evaluations")

@@ -89,7 +89,7 @@ def _why_no_difference(rows: Sequence[Result]) -> list[str]:
     return [f"{', '.join(of)}: {reason}." for reason, of in labels.items()]
 
 
-def equal_cost(results: Mapping[str, Any]) -> list[tuple[float, list[Result]]]:
+def equal_cost(results: Mapping[str, Any]) -> list[tuple[int, list[Result]]]:
     """Measured rows by the network evaluations a sample took, where several took the same number: best first.
 
     Rows compare that are measured against the same reference.
@@ -143,8 +143,9 @@ def _introduction(results: Mapping[str, Any]) -> list[str]:
 
 def _of_group(rows: Sequence[Result], title: str, common_n: int, strips: Mapping[str, "Strips"]) -> Section:
     """A group's table, its pictures, and the curve of its rows' distances where they have an x."""
-    notes = _why_no_difference(rows)
-    return Section(title, "", *group_table(rows, common_n), notes, curves_by_x(rows, title), _lines(rows, strips))
+    curves = curves_by_x(rows, title, common_n)
+    notes, lines = _why_no_difference(rows), _lines(rows, strips)
+    return Section(title, "", *group_table(rows, common_n), notes, curves, lines)
 
 
 def _lines(rows: Sequence[Result], strips: Mapping[str, "Strips"]) -> list[Line]:
@@ -178,7 +179,12 @@ def _of_equal_cost(results: Mapping[str, Any]) -> list[Section]:
     for evaluations, rows in tied:
         for row in rows:
             name, found = at_common_n(row)
-            line = [f"{evaluations:g}", row["label"], f"{TITLES[name]} {measured(found)}", samples_of(row, results)]
+            line = [
+                f"{evaluations:g}",
+                row["label"],
+                f"{TITLES[name]} {measured(found)}",
+                samples_of(row, results["common_n"]),
+            ]
             cells.append([str(cell) for cell in line] + ([row["reference"]] if several else []))
     head = ["network evaluations", "row", "distance", "N", *(["against"] if several else [])]
     curves = cost_curves(results)
