@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .page import Curve
 
 if TYPE_CHECKING:
@@ -216,6 +218,5 @@ def draw(
 
 def _with_bars(axes: "Axes", points: Sequence[tuple[float, Measured]], style: Mapping[str, Any]) -> None:
     """Values over x with their errors; one that is not known has no bar."""
-    errors = [float("nan") if found["error"] is None else found["error"] for _, found in points]
-    values = [found["value"] for _, found in points]
+    values, errors = (np.array([found[key] for _, found in points], dtype=float) for key in ("value", "error"))
     axes.errorbar([x for x, _ in points], values, yerr=errors, capsize=3, markersize=5, **style)
