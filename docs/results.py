@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,18 @@ def rows(head: str, lines: list[list[str]]) -> str:
     return "\n".join([f"| {head} |", "|" + "---|" * columns, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def demo() -> str:
-    """The measured rows of the embedded model's first group."""
+def measured(plan: str, group: str) -> str:
+    """The measured rows of a plan's group, each with its paired difference to the first."""
     lines, name = [], "frechet_distance"
-    for row in read("configs/tables/results/demo.json")["rows"]:
-        if row["group"] == "main" and row["metrics"]:
+    for row in read(f"configs/tables/results/{plan}.json")["rows"]:
+        if row["group"] == group and row["metrics"]:
             metrics, away = row["metrics"], row["difference"] and row["difference"]["metrics"][name]
             lines.append([
                 row["label"], f"{row['network_evaluations_per_sample']:g}", number(metrics[name], ".2f"),
                 number(away, "+.2f") if away else "–", f"{away['errors']:+.1f}" if away else "–",
                 number(metrics["precision"]), number(metrics["recall"]),
             ])  # fmt: skip
-    head = "row | evaluations | Fréchet distance | minus unguided, ± paired error | in standard errors"
+    head = "row | evaluations | Fréchet distance | minus the first row, ± paired error | in standard errors"
     return rows(f"{head} | precision | recall", lines)
 
 
@@ -128,9 +129,22 @@ def precision() -> str:
     return rows("part | reference | tolerance | worst seen | test", lines)
 
 
+def benchmark() -> str:
+    """What the benchmark found, section by section, and on which machine."""
+    found = read("docs/benchmark.json")
+    names = ("processor", "cores", "threads", "gpu", "torch", "python")
+    about = ", ".join(f"{name} {found['machine'][name]}" for name in names if found["machine"][name])
+    lines = [
+        [row["section"], row["what"], f"{row['value']:,.{1 if row['value'] > 10 else 2}f} {row['unit']}".strip()]
+        for row in found["rows"]
+    ]
+    return f"{rows('section | what | measured', lines)}\n\nMachine: {about}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "demo": demo, "attention": attention, "disturbances": disturbances, "calibration": calibration,
-    "cost": cost, "precision": precision,
+    "benchmark": benchmark, "attention": attention, "disturbances": disturbances,
+    "calibration": calibration, "cost": cost, "precision": precision,
+    **{f"demo-{group}": partial(measured, "demo", group) for group in ("main", "judged", "classes", "mask", "when")},
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Self-attention guidance in five minutes: the embedded model, the same noise, without and with guidance.
+"""Self-attention guidance in a minute: the embedded model, the same noise, without and with guidance.
 
-Settings come from --config emoji, then flags. Writes to runs/demo: index.html, a page that shows every sample unguided,
-under its attention mask and guided; the same as comparison.png; the folders unguided and guided with all samples; and
-summary.txt. All flags of image_sample.py work here too:
+Settings come from --config emoji --config emoji_fast, then flags. Writes to runs/demo: index.html, a page that shows
+every sample unguided, under its attention mask and guided; the same as comparison.png; the folders unguided and guided
+with all samples; and summary.txt. All flags of image_sample.py work here too:
 
   python scripts/demo.py --num_samples 4 --sag_scale 2
 """
@@ -19,7 +19,7 @@ from ..tables.comparison import compare
 
 @command
 def main() -> None:
-    configs = Configs.of(parse_args(__doc__, IMAGE_GROUPS, default_config="emoji"))
+    configs = Configs.of(parse_args(__doc__, IMAGE_GROUPS, default_configs=("emoji", "emoji_fast")))
     sampling, sag = configs.sampling, configs.sag
     job = Job()
     folder = Path(sampling.out_dir or "runs/demo")

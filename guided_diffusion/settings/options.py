@@ -300,7 +300,7 @@ def parse_args(
     description: str,
     groups: tuple[type, ...],
     argv: list[str] | None = None,
-    default_config: str | None = None,
+    default_configs: Sequence[str] = (),
     without: Container[str] = (),
     unread: tuple[type, ...] = (),
 ) -> list[Any]:
@@ -311,12 +311,13 @@ def parse_args(
     for a warning about what was given and what was not.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    default = f" (default: {', then '.join(default_configs)})" if default_configs else ""
     parser.add_argument(
         "--config",
         metavar="FILE",
         action="append",
         help="YAML file of settings, one `flag: value` a line, or the name of one that comes with the package (emoji); "
-        "a later file wins, and flags win over files" + (f" (default: {default_config})" if default_config else ""),
+        "a later file wins, and flags win over files" + default,
     )
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
@@ -340,7 +341,7 @@ def parse_args(
         name = unknown[0].lstrip("-").partition("=")[0]
         parser.error(f"unknown flag {unknown[0]}{_hint(name, _fields(groups, without), '--')}")
     flags = vars(known)
-    files = flags.pop("config", None) or ([default_config] if default_config else [])
+    files = flags.pop("config", None) or list(default_configs)
     with exit_on_bad_input():
         return configure(groups, files, ("command line", flags), without, unread)
 

@@ -47,7 +47,9 @@ def test_the_demo_leaves_what_the_readme_says(tmp_path, capsys):
     assert page.count("data:image/png;base64,") == 3 * 3
     for flag, _ in TO_TRY:
         [command] = re.findall(rf"<pre>python scripts/demo.py ({flag} --out_dir .*)</pre>", page)
-        parse_args("", IMAGE_GROUPS, default_config="emoji", argv=command.split())  # its flags are the demo's
+        parse_args(
+            "", IMAGE_GROUPS, default_configs=["emoji", "emoji_fast"], argv=command.split()
+        )  # its flags are the demo's
 
 
 def test_the_demo_needs_guidance(capsys, tmp_path):
