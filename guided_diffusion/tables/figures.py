@@ -56,13 +56,13 @@ def samples_of(row: Result, common_n: int) -> int:
     return common_n if row["common"] else row["n"]
 
 
+def _comparable(results: Mapping[str, Any]) -> list[Result]:
+    return [row for row in results["rows"] if row["metrics"] and at_common_n(row) and not row["same_as"]]
+
+
 def costed(results: Mapping[str, Any]) -> list[Result]:
     """Measured rows whose cost is known in network evaluations: a classifier's gradients cost as well."""
-    return [
-        row
-        for row in results["rows"]
-        if row["metrics"] and at_common_n(row) and not row["same_as"] and cost(row) is not None
-    ]
+    return [row for row in _comparable(results) if cost(row) is not None]
 
 
 def cost(row: Result) -> float | None:
@@ -130,7 +130,7 @@ def cost_curves(results: Mapping[str, Any]) -> list[Curve]:
     Rows of one label and one N are one method, in whatever group; the first row of a group is what others differ from.
     """
     references: dict[str, list[Result]] = {}
-    for row in costed(results):
+    for row in _comparable(results):
         references.setdefault(row.get("reference", ""), []).append(row)
     firsts = {row["group"]: row for row in reversed(results["rows"])}
     found = [_cost_curve(rows, firsts, results["common_n"]) for rows in references.values()]
@@ -140,7 +140,8 @@ def cost_curves(results: Mapping[str, Any]) -> list[Curve]:
 def _cost_curve(rows: Sequence[Result], firsts: Mapping[str, Result], common_n: int) -> Curve | None:
     """The figure of one reference. firsts: by group."""
     methods: dict[tuple[str, int], list[Result]] = {}
-    for row in sorted(rows, key=cost):
+    uncosted = list(dict.fromkeys(row["label"] for row in rows if cost(row) is None))
+    for row in sorted((row for row in rows if cost(row) is not None), key=cost):
         methods.setdefault((row["label"], samples_of(row, common_n)), []).append(row)
     methods = {of: rows for of, rows in methods.items() if len(rows) > 1}
     unclear = [of for of, rows in methods.items() if len({round(cost(row)) for row in rows}) < len(rows)]
@@ -160,10 +161,12 @@ def _cost_curve(rows: Sequence[Result], firsts: Mapping[str, Result], common_n: 
 
     lines = {names[of]: [point(row) for row in methods[of]] for of in kept}
     said = [SHARED_ERRORS]
-    reasons = {f"a figure shows {MOST_LINES} at most": crowded, "several of their rows took the same number": unclear}
-    for reason, left_out in reasons.items():
-        if left_out:
-            said.append(f"Left out, as {reason}: {', '.join(names[of] for of in left_out)}.")
+    reasons = {
+        f"a figure shows {MOST_LINES} at most": [names[of] for of in crowded],
+        "several of their rows took the same number": [names[of] for of in unclear],
+        "not all that they cost is known in network evaluations": uncosted,
+    }
+    said += [f"Left out, as {reason}: {', '.join(those)}." for reason, those in reasons.items() if those]
     distance = TITLES[at_common_n(methods[kept[0]][0])[0]]
     against = " or ".join(dict.fromkeys(of[0] for of in black)) or "the first row"
     titles = Titles("network evaluations a sample", distance, f"minus {against}\nat as many evaluations")
