@@ -32,7 +32,7 @@ MOST_LINES = len(MARKERS)
 ERRORS = "Bars are standard errors of the samples' side."
 SHARED_ERRORS = (
     f"{ERRORS} Rows that begin from the same noise share part of them: paired differences, as in tables, are mostly "
-    "sharper than the bars of the distances make believe."
+    "sharper than the bars of the distances suggest."
 )
 
 Result = Mapping[str, Any]
