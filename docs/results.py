@@ -141,9 +141,19 @@ def benchmark() -> str:
     return f"{rows('section | what | measured', lines)}\n\nMachine: {about}."
 
 
+def toy() -> str:
+    """How points of guidances differ from a density."""
+    lines = []
+    for name, found in read("docs/toy.json")["found"].items():
+        passes = " + ".join(f"{found[by]}" for by in ("evaluations", "weak_evaluations") if found[by])
+        shares = [f"{100 * found[share]:.1f} %" for share in ("outside", "moved")]
+        lines.append([name, passes or "–", *shares, f"{1000 * found['distance']:z.1f}".replace("-", "−")])
+    return rows("guidance | passes | outside | moved | distance", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "benchmark": benchmark, "attention": attention, "disturbances": disturbances,
-    "calibration": calibration, "cost": cost, "precision": precision,
+    "calibration": calibration, "cost": cost, "precision": precision, "toy": toy,
     **{f"demo-{group}": partial(measured, "demo", group) for group in ("main", "judged", "classes", "mask", "when")},
 }  # fmt: skip
 

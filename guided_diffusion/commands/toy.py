@@ -8,13 +8,14 @@ noise; their points are compared with the density that was not blurred. Seconds 
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis.toy import CLASSES, Difference, ExactDenoiser, Mixture, branches, compare, guidances, sampled
+from ..analysis.toy import CLASSES, ExactDenoiser, Mixture, branches, compare, guidances, sampled
 from ..diffusion.diffusion import build_diffusion
 from ..guidance.base import evaluations, weak_evaluations
 from ..runs.ranks import command
@@ -26,6 +27,7 @@ from ..storage.pictures import save_png, titled_panels
 SIDE, REACH = 300, 1.9
 COLOURS = np.array([[200, 30, 60], [20, 110, 200], [230, 140, 0], [20, 150, 70]], dtype=np.uint8)
 PANELS_A_ROW = 4
+PASSES = ("evaluations", "weak_evaluations")
 
 
 def ground(truth: Mixture) -> np.ndarray:
@@ -55,9 +57,10 @@ def figure(panels: list[tuple[str, np.ndarray]]) -> np.ndarray:
     )
 
 
-def _line(name: str, passes: str, found: Difference) -> str:
+def _line(name: str, found: Mapping[str, float]) -> str:
     """A line of the table for people."""
-    return f"{name:<30} {passes:>9} {found.outside:>9.1%} {found.moved:>7.1%} {1000 * found.distance:>10.1f}"
+    passes = " + ".join(f"{found[by]}" for by in PASSES if found[by])
+    return f"{name:<30} {passes:>9} {found['outside']:>9.1%} {found['moved']:>7.1%} {1000 * found['distance']:>10.1f}"
 
 
 def _positive(text: str) -> float:
@@ -87,23 +90,24 @@ def main() -> None:
     model, weak = (ExactDenoiser(truth.smoothed(by), process) for by in (args.smoothing, args.weak_smoothing))
     y = torch.arange(args.points) % CLASSES
     drawn, again = (truth.draw(y, torch.Generator().manual_seed(2 * args.seed + i)) for i in range(2))
-    found = {"the density itself": compare(again, y, truth, drawn)}
     behind = ground(truth)
-    panels = [("the density itself", panel(again, y, behind))]
+    found, panels = {}, []
+
+    def add(name: str, points: Tensor, *passes: int) -> None:
+        found[name] = dict(zip(PASSES, passes, strict=True)) | vars(compare(points, y, truth, drawn))
+        panels.append((name, panel(points, y, behind)))
+        print(_line(name, found[name]))
+
     print(f"{'guidance':<30} {'passes':>9} {'outside':>9} {'moved':>7} {'1000 dist.':>10}")
-    print(_line("the density itself", "", found["the density itself"]))
+    add("the density itself", again, 0, 0)
     for name, guided_by in guidances(weak).items():
         points = sampled(model, guided_by, y, args.seed)
-        found[name] = compare(points, y, truth, drawn)
-        panels.append((name, panel(points, y, behind)))
-        by_weak = weak_evaluations(guided_by, process)
-        passes = f"{evaluations(guided_by, process)}" + (f" + {by_weak}" if by_weak else "")
-        print(_line(name, passes, found[name]))
+        add(name, points, evaluations(guided_by, process), weak_evaluations(guided_by, process))
     with exit_on_bad_input("--out"):
         if args.out:
             save_png(figure(panels), args.out)
     with exit_on_bad_input("--json"):
         if args.json:
             settings = {key: value for key, value in vars(args).items() if key not in ("out", "json")}
-            about = {"settings": settings, "found": {name: vars(difference) for name, difference in found.items()}}
-            write_atomically(args.json, lambda file: file.write((json_text(about, indent=1) + "\n").encode()))
+            text = json_text({"settings": settings, "found": found}, indent=1) + "\n"
+            write_atomically(args.json, lambda file: file.write(text.encode()))

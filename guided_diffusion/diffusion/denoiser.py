@@ -68,6 +68,8 @@ class Prediction:
     """scale · ∇ log p(y | x_t) of a classifier; every sampler applies it in its own way."""
     predicts: ModelMeanType = ModelMeanType.EPSILON
     """What the network's own output is."""
+    guided: bool = False
+    """Whether a `GuidedDenoiser` made it."""
 
     @cached_property
     def x0(self) -> Tensor:
@@ -137,8 +139,9 @@ def _beliefs(
 def stacked(first: Any, second: Any, rows: int) -> Any:
     """Two conditions as one of 2·rows rows: tensors of `rows` rows are joined, also inside of dicts and lists.
 
-    So are tensors of a single row that differ: it stands for all rows. Anything else is shared by all rows and must be
-    the same in both: a ValueError if it is not, or if the two have different keys.
+    So are two tensors of a single row: it stands for all rows. Anything else is shared by all rows and must be the same
+    in both, a tensor the very same one, as to compare their numbers is to wait for the device: a ValueError if it is
+    not, or if the two have different keys.
     """
     if isinstance(first, Mapping):
         if first.keys() != second.keys():
@@ -149,11 +152,14 @@ def stacked(first: Any, second: Any, rows: int) -> Any:
     if isinstance(first, Tensor):
         if first.ndim and len(first) == rows:
             return torch.cat([first, second])
-        if first is second or torch.equal(first, second):
+        if first is second:
             return first
         if first.ndim and len(first) == 1:
             return torch.cat([part.expand(rows, *part.shape[1:]) for part in (first, second)])
-        raise ValueError(f"condition: wanted tensors of {rows} rows or of one, got {list(first.shape)}")
+        raise ValueError(
+            f"condition: wanted tensors of {rows} rows or of one, or the same one in the null condition too, "
+            f"got {list(first.shape)}"
+        )
     if first is not second and first != second:
         raise ValueError(f"null condition: {first!r} and {second!r} cannot stand in one batch; only tensors may differ")
     return first

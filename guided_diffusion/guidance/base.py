@@ -160,7 +160,7 @@ class Step(Observation):
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """One more network pass."""
         self.evaluations += 1
-        return self._denoiser(x_t, t, condition)
+        return self._unguided(x_t, t, condition)
 
     def denoise_by(self, weak: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """One pass of a weak network."""
@@ -172,9 +172,16 @@ class Step(Observation):
     ) -> tuple[Prediction, Prediction]:
         self.evaluations += 2
         rows = len(x_t)
-        both = self._denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked(condition, unconditional, rows))
+        both = self._unguided(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked(condition, unconditional, rows))
         first, second = both.rows(slice(rows), condition), both.rows(slice(rows, None), unconditional)
         return replace(first, t=t), replace(second, t=t)  # the host may know this t, but not a part of another
+
+    def _unguided(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """What the denoiser predicts; a ValueError if it is guided, as that expects to be called once a step."""
+        prediction = self._denoiser(x_t, t, condition)
+        if prediction.guided:
+            raise ValueError("the denoiser to be guided is guided already: give all guidances to one GuidedDenoiser")
+        return prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,12 +251,12 @@ def _all_due(guidances: Sequence[Guidance], process: NoiseLevels) -> list[Due]:
 
 
 class GuidedDenoiser:
-    """A denoiser with guidances added: itself a denoiser, for one trajectory.
+    """A denoiser with guidances added: itself a denoiser, for one trajectory, to be called once a step.
 
     Make a new one for every trajectory: between steps it remembers differences that are used again, and what guidances
-    keep. `last_step` is the newest Step; `evaluations` counts network passes of the whole trajectory,
-    `weak_evaluations` those of weak networks. samples: which samples the rows are, for random choices that belong to
-    a sample.
+    keep. So another one cannot guide it again: a ValueError. `last_step` is the newest Step; `evaluations` counts
+    network passes of the whole trajectory, `weak_evaluations` those of weak networks. samples: which samples the rows
+    are, for random choices that belong to a sample.
     """
 
     def __init__(
@@ -284,4 +291,5 @@ class GuidedDenoiser:
             x0 = x0 + weight * guidance.acting(guidance.x0_difference(step))
         self.evaluations += step.evaluations
         self.weak_evaluations += step.weak_evaluations
-        return step.conditional.with_eps(eps, otherwise=x0) if due.weights else step.conditional
+        given = step.conditional.with_eps(eps, otherwise=x0) if due.weights else step.conditional
+        return replace(given, guided=True)

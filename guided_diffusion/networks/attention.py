@@ -145,6 +145,12 @@ UNHEARD = (
 )
 
 
+OTHER_ROWS = (
+    "{} of {} rows was heard in a pass of {}: the denoiser calls its network for more or other rows (guided already? "
+    "give all guidances to one GuidedDenoiser)"
+)
+
+
 class Scores(dict[Attends, Tensor]):
     """Attention scores [rows, h, w] by block; a ValueError says that a block was not heard.
 
@@ -171,10 +177,7 @@ class Scores(dict[Attends, Tensor]):
         """Raise a ValueError if another number of rows was heard than a pass has."""
         for rows in self.heard.values():
             if rows != of:
-                raise ValueError(
-                    f"attention of {rows} rows was heard in a pass of {of}: the denoiser calls its network for more "
-                    "or other rows (guided already? give all guidances to one GuidedDenoiser)"
-                )
+                raise ValueError(OTHER_ROWS.format("attention", rows, of))
 
 
 @contextmanager

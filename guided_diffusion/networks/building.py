@@ -13,7 +13,7 @@ from torch import nn
 
 from ..settings.model import MOST_WIDTH, NUM_CLASSES, ClassifierConfig, NetworkConfig, SuperResolutionConfig
 from ..settings.options import numbers
-from ..settings.transformer import TransformerConfig
+from ..settings.transformer import TransformerConfig, dit_sizes
 from ..storage.checkpoints import load_into, load_state_dict
 from .dit import DiT, named
 from .inspection import CHANNEL_MULTS, inspect, wrong_flags
@@ -209,8 +209,8 @@ def sized(path: str, config: NetworkConfig, kind: TransformerConfig) -> tuple[Ne
     sizes = {name: told[name] for name in SIZES if name in told}
     if sizes.get("attention_resolutions") == "":  # which means a map of no side
         sizes["attention_resolutions"] = "0"
-    if kind.network and "?" not in told.get("network", "?"):
-        kind = replace(kind, network=told["network"])
+    if kind.network and "network" in told:
+        kind = replace(kind, network=told["network"].replace("?", str(dit_sizes(kind.network).num_heads)))
     return replace(config, **sizes), kind
 
 

@@ -1,7 +1,9 @@
 """The settings of guidance: self-attention guidance by the authors' flags and ours, a classifier's, and others."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, fields
+from typing import Any
 
 from .options import option
 
@@ -10,6 +12,15 @@ SCHEDULE = (
     "scale=t:factor,t:factor,… and sigma_scale=σ:factor,… (of the scale; linear between, in log σ)"
 )
 """What a flag of a guidance's schedule may say."""
+
+
+def idle(group: Any, prefix: str, explicit: Container[str]) -> str:
+    """A warning about explicit flags of a guidance whose scale is 0 and was not given with them; else nothing."""
+    scale = f"{prefix}_scale"
+    if getattr(group, scale) or scale in explicit:
+        return ""
+    names = [name for field in fields(group) if (name := field.name).startswith(f"{prefix}_") and name in explicit]
+    return f"{', '.join(names)}: without effect, as {scale} is 0" if names else ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,10 @@ class OtherGuidanceConfig:
         for name in ("cfg_scale", "pag_scale", "seg_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: wanted a finite number, got {getattr(self, name)}")
+
+    def remark(self, _given: Container[str], explicit: Container[str]) -> str:
+        """A warning about flags of guidances that are off, or nothing."""
+        return "; ".join(filter(None, (idle(self, prefix, explicit) for prefix in ("cfg", "pag", "seg"))))
 
     @property
     def on(self) -> bool:

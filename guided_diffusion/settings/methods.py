@@ -2,9 +2,11 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .guidance import idle
 from .options import option
 
 
@@ -21,6 +23,10 @@ class Method(ABC):
 
     def __post_init__(self):
         _check_finite(self, f"{self.prefix}_scale")
+
+    def remark(self, _given: Container[str], explicit: Container[str]) -> str:
+        """A warning about its flags where it is off, or nothing."""
+        return idle(self, self.prefix, explicit)
 
     @property
     def scale(self) -> float:

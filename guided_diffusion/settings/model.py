@@ -88,7 +88,7 @@ class DiffusionConfig:
     rescale_timesteps: bool = option(False, "the network sees timesteps scaled to [0, 1000)")
     rescale_learned_sigmas: bool = option(False, "train the bound scaled by T/1000 beside the MSE")
 
-    def remark(self, given: Container[str]) -> str:
+    def remark(self, given: Container[str], _explicit: Container[str]) -> str:
         """A warning about flags that were not among the given ones, or nothing."""
         if self.diffusion_steps <= 1000 or "rescale_timesteps" in given:
             return ""

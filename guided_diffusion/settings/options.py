@@ -307,8 +307,8 @@ def parse_args(
     """Command line to one instance of every dataclass in `groups`: defaults < `--config` files < flags.
 
     without: fields of the groups that are no flags here. unread: groups of other scripts whose fields a `--config` file
-    may have all the same. A group's method `remark(given)`, if it has one, is asked
-    for a warning about what was given and what was not.
+    may have all the same. A group's method `remark(given, explicit)`, if it has one,
+    is asked for a warning about what was given and what was not; explicit: by flags, not by files.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     default = f" (default: {', then '.join(default_configs)})" if default_configs else ""
@@ -363,7 +363,7 @@ def configure(
     configs = merge(groups, *layers, over, without=without)
     given = set(over[1]).union(*(layer for _, layer in layers))
     for config in configs:
-        if hasattr(config, "remark") and (remark := config.remark(given)):
+        if hasattr(config, "remark") and (remark := config.remark(given, over[1])):
             log.warning(remark)
     return configs
 

@@ -198,11 +198,12 @@ def test_one_row_of_a_condition_stands_for_all():
     assert stacked({"low_res": low_res}, {"low_res": low_res}, 3)["low_res"].shape == (6, 2)
     embedding = torch.ones(1, 2, 5)
     assert stacked(embedding, 0 * embedding, 2).shape == (4, 2, 5)
+    assert stacked(embedding, embedding, 2) is embedding
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(torch.tensor([1, 2]), torch.tensor([4, 4])), (torch.tensor(1.0), torch.tensor(2.0)), ("a cat", ""), (3, 4)],
+    [(torch.tensor([1, 2]), torch.tensor([4, 4])), (torch.tensor(1.0), torch.tensor(1.0)), ("a cat", ""), (3, 4)],
 )
 def test_what_differs_and_cannot_be_joined_is_refused(first, second):
     with pytest.raises(ValueError, match=r"rows or of one|only tensors may differ"):

@@ -10,6 +10,7 @@ import torch
 import dits
 from guided_diffusion.diffusion.noise import OTHER_CLASS, TIME_STEP, TOKENS, Samples
 from guided_diffusion.guidance.base import GuidedDenoiser, evaluations, weak_evaluations
+from guided_diffusion.guidance.classifier import with_classifier
 from guided_diffusion.guidance.methods.autoguidance import Autoguidance
 from guided_diffusion.guidance.methods.building import Guided, build_method, layers_that_keep_shape
 from guided_diffusion.guidance.methods.independent_condition import IndependentConditionGuidance
@@ -199,7 +200,8 @@ def test_tokens_of_transformers_are_shuffled_too():
             self.seen = block(tokens, 100)
             return self
 
-        eps = x_t = t = condition = 0
+        eps = t = condition = 0
+        x_t = tokens
 
     step = Fixed()
     step.conditional = step
@@ -282,9 +284,48 @@ def test_a_layer_that_is_not_called_is_noticed(network, weak):
         with pytest.raises(ValueError, match="a layer that was to be altered was not heard in the pass"):
             guide(network, [method])
         assert hooks(weak) == 0
-    with pytest.raises(RuntimeError, match="stop"), altered(network.time_embed, before=lambda _i, x: x):
+    with pytest.raises(RuntimeError, match="stop"), altered(network.time_embed, rows=3):
         raise RuntimeError("stop")
     assert hooks(network) == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_network_called_in_parts_is_guided_as_the_whole(network, weak, name):
+    def in_parts(x, t, y):
+        return torch.cat([network(*part) for part in zip(x.split(2), t.split(2), y.split(2), strict=True)])
+
+    methods = [all_methods(network, weak)[name]]
+    whole, parts = guide(network, methods)[0].eps, guide(in_parts, methods)[0].eps
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    assert name == "momentum" or not torch.allclose(whole, eps(network), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tsg", "tpg", "skip", "s2"])
+@pytest.mark.parametrize("rows", [6, 2])
+def test_layers_called_for_other_rows_than_those_of_the_pass_are_refused(network, weak, name, rows):
+    def other(x, t, y):
+        some = torch.arange(rows) % 3
+        return network(x[some], t[some], y[some])[torch.arange(3) % rows]
+
+    with pytest.raises(ValueError, match=rf"a layer's input of {rows} rows was heard in a pass of 3: .* for more or"):
+        guide(other, [all_methods(network, weak)[name]])
+    assert hooks(network) == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("wrap", [lambda guided: guided, lambda guided: with_classifier(guided, lambda x, *_, **__: x)])
+def test_a_denoiser_that_is_guided_already_is_refused(network, weak, name, wrap):
+    methods = all_methods(network, weak)
+    inner = GuidedDenoiser(DIFFUSION.denoiser(network), DIFFUSION.process, [methods["momentum"]])
+    with pytest.raises(ValueError, match="guided already: give all guidances to one GuidedDenoiser"):
+        GuidedDenoiser(wrap(inner), DIFFUSION.process, [methods[name]], SAMPLES)(X, at(4), Y)
+
+
+def test_the_weak_network_may_be_guided(network, weak):
+    momentum = MomentumGuidance(scale=0.5)
+    by = GuidedDenoiser(DIFFUSION.denoiser(weak), DIFFUSION.process, [momentum])
+    prediction, _ = guide(network, [Autoguidance(scale=0.7, weak=by)])
+    torch.testing.assert_close(prediction.eps, eps(network) + 0.7 * (eps(network) - eps(weak)))
 
 
 @pytest.mark.parametrize(

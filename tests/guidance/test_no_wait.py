@@ -3,6 +3,8 @@
 The device is torch's `meta`, which has shapes and no numbers: to read one is an error.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,11 @@ from guided_diffusion.guidance.classifier import with_classifier
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
 from guided_diffusion.guidance.masked_blur import MaskGuidance
 from guided_diffusion.guidance.masks import CentredSquare, GivenMaps, HighFrequency, RandomCells, everywhere
+from guided_diffusion.guidance.methods.autoguidance import Autoguidance
 from guided_diffusion.guidance.methods.independent_condition import IndependentConditionGuidance
 from guided_diffusion.guidance.methods.momentum import MomentumGuidance
 from guided_diffusion.guidance.methods.skipped_layers import SkippedLayersGuidance
+from guided_diffusion.guidance.methods.time_step import TimeStepGuidance
 from guided_diffusion.guidance.methods.token_perturbation import TokenPerturbationGuidance
 from guided_diffusion.guidance.methods.transforms import FrequencyScale, ProjectedGuidance, optimised
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
@@ -61,22 +65,24 @@ class Sent(TorchDispatchMode):
 
 
 GUIDANCES = {
-    "SAG": lambda block: [SelfAttentionGuidance(scale=1.0, block=block)],
-    "SAG reference": lambda block: [SelfAttentionGuidance(scale=1.0, block=block, reference_heads=2)],
-    "SAG every 2, part of the way": lambda block: [
-        SelfAttentionGuidance(scale=1.0, block=block, schedule=Schedule(0.2, 0.9, every=2, curve=((0, 1), (1, 0.5))))
+    "SAG": lambda it: [SelfAttentionGuidance(scale=1.0, block=it.block)],
+    "SAG reference": lambda it: [SelfAttentionGuidance(scale=1.0, block=it.block, reference_heads=2)],
+    "SAG every 2, part of the way": lambda it: [
+        SelfAttentionGuidance(scale=1.0, block=it.block, schedule=Schedule(0.2, 0.9, every=2, curve=((0, 1), (1, 0.5))))
     ],
     "CFG": lambda _: [ClassifierFreeGuidance(scale=1.0, null=null_class(4))],
-    "SAG + CFG": lambda block: [
-        SelfAttentionGuidance(scale=1.0, block=block), ClassifierFreeGuidance(scale=1.0, null=null_class(4))
+    "SAG + CFG": lambda it: [
+        SelfAttentionGuidance(scale=1.0, block=it.block), ClassifierFreeGuidance(scale=1.0, null=null_class(4))
     ],
-    "PAG": lambda block: [PerturbedAttentionGuidance(scale=1.0, blocks=(block,))],
-    "SEG": lambda block: [SmoothedEnergyGuidance(scale=1.0, blocks=(block,))],
-    "SEG blurred": lambda block: [SmoothedEnergyGuidance(scale=1.0, blocks=(block,), sigma=2.0)],
+    "PAG": lambda it: [PerturbedAttentionGuidance(scale=1.0, blocks=(it.block,))],
+    "SEG": lambda it: [SmoothedEnergyGuidance(scale=1.0, blocks=(it.block,))],
+    "SEG blurred": lambda it: [SmoothedEnergyGuidance(scale=1.0, blocks=(it.block,), sigma=2.0)],
+    "a weak network": lambda it: [Autoguidance(scale=1.0, weak=it.denoiser)],
+    "a disturbed timestep": lambda it: [TimeStepGuidance(scale=1.0, embedder=it.network.time_embed)],
     "another class": lambda _: [IndependentConditionGuidance(scale=1.0, num_classes=4)],
-    "shuffled tokens": lambda block: [TokenPerturbationGuidance(scale=1.0, blocks=(block,))],
-    "a skipped layer": lambda block: [SkippedLayersGuidance(scale=1.0, layers=(block,))],
-    "a drawn layer": lambda block: [SkippedLayersGuidance(scale=1.0, layers=(block,), drawn=1)],
+    "shuffled tokens": lambda it: [TokenPerturbationGuidance(scale=1.0, blocks=(it.block,))],
+    "a skipped layer": lambda it: [SkippedLayersGuidance(scale=1.0, layers=(it.block,))],
+    "a drawn layer": lambda it: [SkippedLayersGuidance(scale=1.0, layers=(it.block,), drawn=1)],
     "momentum, all transforms": lambda _: [
         MomentumGuidance(scale=1.0, transforms=(optimised, ProjectedGuidance(0.5, 2.0, -0.5), FrequencyScale(0.5)))
     ],
@@ -95,7 +101,7 @@ GUIDANCES = {
 }  # fmt: skip
 
 
-DRAWN = ("random", "another class", "shuffled tokens", "a drawn layer")
+DRAWN = ("random", "another class", "a disturbed timestep", "shuffled tokens", "a drawn layer")
 """Those that draw something at every step."""
 
 
@@ -107,7 +113,13 @@ def on_meta():
     return network, diffusion
 
 
-def trajectory(on_meta, guidances, sampler="ddpm", cond_fn=None):
+def guidances_of(on_meta, name):
+    network, diffusion = on_meta
+    block, denoiser = find_block(network, "middle_block.1"), diffusion.denoiser(network)
+    return GUIDANCES[name](SimpleNamespace(block=block, network=network, denoiser=denoiser))
+
+
+def trajectory(on_meta, guidances, sampler="ddpm", cond_fn=None, labels=2):
     """How often a step waits to send something, in all but the first, which makes what is kept."""
     network, diffusion = on_meta
     if sampler in FLOW_SAMPLERS:
@@ -117,7 +129,7 @@ def trajectory(on_meta, guidances, sampler="ddpm", cond_fn=None):
     guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, guidances, samples)
     denoiser = with_classifier(guided, cond_fn) if cond_fn else guided
     noise = SampleNoise(0, range(2), (3, 16, 16), META)
-    y = {"y": torch.zeros(2, dtype=torch.int64, device=META)}
+    y = {"y": torch.zeros(labels, dtype=torch.int64, device=META)}
     states = SAMPLERS[sampler](denoiser, diffusion.process, noise.x_T(), y, noise)
     next(states)
     with Sent() as sent:
@@ -129,19 +141,22 @@ def trajectory(on_meta, guidances, sampler="ddpm", cond_fn=None):
 @pytest.mark.parametrize("name", GUIDANCES)
 def test_no_guided_step_reads_the_device(on_meta, name):
     """Nor does it send anything itself but what is drawn anew; noise is sent from its own thread."""
-    guidances = GUIDANCES[name](find_block(on_meta[0], "middle_block.1"))
-    assert trajectory(on_meta, guidances) == 2 * (name in DRAWN)
+    assert trajectory(on_meta, guidances_of(on_meta, name)) == 2 * (name in DRAWN)
+
+
+@pytest.mark.parametrize("name", ["SAG + CFG", "another class"])
+def test_nor_does_one_whose_rows_share_a_label(on_meta, name):
+    assert trajectory(on_meta, guidances_of(on_meta, name), labels=1) == 2 * (name in DRAWN)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_reads_the_device(on_meta, sampler):
-    guidances = GUIDANCES["SAG"](find_block(on_meta[0], "middle_block.1"))
-    assert trajectory(on_meta, guidances, sampler, lambda x, t, y: -x) == 0
+    assert trajectory(on_meta, guidances_of(on_meta, "SAG"), sampler, lambda x, t, y: -x) == 0
 
 
 def test_the_doors_loops_do_not_either(on_meta):
     network, diffusion = on_meta
-    guidance = GUIDANCES["SAG"](find_block(network, "middle_block.1"))
+    guidance = guidances_of(on_meta, "SAG")
     y = {"y": torch.zeros(2, dtype=torch.int64, device=META)}
     for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
         assert loop(network, (2, 3, 16, 16), model_kwargs=y, guidance=guidance, device=META).device == META
@@ -151,7 +166,7 @@ def test_what_reads_the_device_is_noticed(on_meta):
     network, diffusion = on_meta
     with pytest.raises(RuntimeError, match="meta"):
         trajectory(on_meta, [Reading(scale=1.0)])
-    sag = GUIDANCES["SAG"](find_block(network, "middle_block.1"))
+    sag = guidances_of(on_meta, "SAG")
     guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, sag)
     x, t = torch.zeros(2, 3, 16, 16, device=META), torch.zeros(2, dtype=torch.int64, device=META)
     with pytest.raises(RuntimeError, match="meta"):

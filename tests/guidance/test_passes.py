@@ -66,12 +66,13 @@ def test_attention_of_another_number_of_rows_is_refused(small):
 
 
 @pytest.mark.parametrize("inner", [pag, seg, sag])
-def test_self_attention_guidance_of_a_guided_denoiser_is_refused(small, inner):
-    """The attention heard last would be that of the perturbed pass."""
+@pytest.mark.parametrize("outer", [pag, seg, sag])
+def test_a_denoiser_that_is_guided_already_is_refused(small, inner, outer):
+    """The attention heard last would be that of the perturbed pass, the one replaced that of both passes."""
     network, diffusion = small
     guided = GuidedDenoiser(diffusion.denoiser(network), diffusion.process, [inner(network)])
-    with pytest.raises(ValueError, match="give all guidances to one GuidedDenoiser"):
-        GuidedDenoiser(guided, diffusion.process, [sag(network)])(X, T, {})
+    with pytest.raises(ValueError, match="guided already: give all guidances to one GuidedDenoiser"):
+        GuidedDenoiser(guided, diffusion.process, [outer(network)])(X, T, {})
 
 
 def test_two_threads_with_one_network_are_each_guided_as_alone(small):

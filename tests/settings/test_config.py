@@ -1,5 +1,6 @@
 """Settings: defaults < file < flags, and what is said of wrong ones."""
 
+import re
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -14,7 +15,7 @@ from guided_diffusion.script_util import (
 from guided_diffusion.settings.guidance import ClassifierGuidanceConfig, GuidanceConfig
 from guided_diffusion.settings.model import DiffusionConfig, NetworkConfig
 from guided_diffusion.settings.options import ELSEWHERE, BadInput, merge, option, parse_args
-from guided_diffusion.settings.scripts import SCRIPTS, whose
+from guided_diffusion.settings.scripts import GUIDANCE, SCRIPTS, whose
 
 GROUPS = (NetworkConfig, DiffusionConfig, GuidanceConfig)
 
@@ -74,6 +75,35 @@ def test_timesteps_of_improved_diffusion_are_asked_about(caplog):
         assert ("rescale_timesteps" in caplog.text) == warned
     caplog.clear()
     parse_args("", GROUPS, ["--diffusion_steps", "4000", "--rescale_timesteps", "False"])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ["--pag_blocks", "middle_block.1", "--pag_schedule", "t=0,0.5"],
+            "pag_blocks, pag_schedule: .* pag_scale is 0",
+        ),
+        (
+            ["--seg_sigma", "2", "--pag_scale", "1", "--cfg_channels", "3"],
+            "cfg_channels: .* 0; seg_sigma: .* seg_scale is",
+        ),
+        (["--tsg_noise", "2"], "tsg_noise: .* tsg_scale is 0"),
+        (["--momentum_decay", "0"], "momentum_decay: .* momentum_scale is 0"),
+        (["--autoguidance_schedule", "every=2"], "autoguidance_schedule: .* autoguidance_scale is 0"),
+        (["--pag_scale", "0", "--pag_blocks", "middle_block.1"], ""),
+        (["--skip_scale", "0.5", "--skip_drawn", "1"], ""),
+    ],
+)
+def test_a_flag_of_a_guidance_without_a_strength_is_told(argv, said, caplog, tmp_path):
+    parse_args("", GUIDANCE, argv)
+    assert len(caplog.messages) == bool(said)
+    assert re.search(said, caplog.text)
+    caplog.clear()
+    names, values = (name.removeprefix("--") for name in argv[::2]), argv[1::2]
+    (tmp_path / "one.yaml").write_text("".join(f"{name}: {value}\n" for name, value in zip(names, values, strict=True)))
+    parse_args("", GUIDANCE, ["--config", str(tmp_path / "one.yaml")])
     assert not caplog.text
 
 

@@ -7,9 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import dits
+from guided_diffusion.networks.dit import DiT
 from guided_diffusion.runs.identity import LATER
+from guided_diffusion.runs.prepare import IMAGE_GROUPS, Configs, image_run
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings.methods import METHODS
+from guided_diffusion.settings.options import merge
 from running import refused, run
 from small import SMALL, randomised
 
@@ -79,6 +83,26 @@ def test_autoguidance_takes_a_smaller_network_in_half_precision(flags, weights, 
     assert about["guidance"] == "autoguidance: s = 1, 2 of 2 steps"
     # The contents of the weak network's file count.
     assert about["identity"]["weak_model_path"] != str(weights / "weak.safetensors")
+
+
+def test_autoguidance_takes_a_smaller_transformer(flags, tmp_path):
+    """Its heads, which shapes do not tell, are as many as the sampled network's."""
+
+    def saved(name, *sizes):
+        network = dits.filled(DiT(16, *sizes, num_heads=4, num_classes=4))
+        torch.save(network.state_dict(), tmp_path / name)
+        return network
+
+    def pipeline(**more):
+        return image_run(Configs.of(merge(IMAGE_GROUPS, ("test", flags | more))), torch.device("cpu")).pipeline
+
+    saved("network.pt", 2, 3, 32, 2)
+    weak = saved("weak.pt", 4, 3, 16, 1)
+    flags |= {"network": "DiT-32x2x4/2", "null_label": True, "model_path": tmp_path / "network.pt"}
+    made = pipeline(weak_model_path=tmp_path / "weak.pt", autoguidance_scale=1)
+    x, t = torch.ones(1, 3, 16, 16), torch.tensor([1])
+    assert torch.equal(made.guidances[0].network(x, t, t), weak(x, t, t))
+    assert not np.array_equal(made.sample(2), pipeline().sample(2))
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,13 @@ class SkippedLayersGuidance(Guidance):
         given = step.conditional
         left_out = self._left_out(step)
 
-        def skipped(number: int, x: Tensor, output: Tensor) -> Tensor:
+        def skipped(number: int, rows: slice, x: Tensor, output: Tensor) -> Tensor:
             if output.shape != x.shape:
                 raise ValueError(f"a layer of {list(x.shape)} to {list(output.shape)} cannot be left out")
-            return torch.where(left_out[:, number].reshape(-1, *[1] * (x.ndim - 1)), x.to(output.dtype), output)
+            chosen = left_out[rows, number].reshape(-1, *[1] * (x.ndim - 1))
+            return torch.where(chosen, x.to(output.dtype), output)
 
-        with altered(*self.layers, after=skipped):
+        with altered(*self.layers, rows=len(given.x_t), after=skipped):
             return given.eps - step.denoise(given.x_t, given.t, given.condition).eps
 
     def _left_out(self, step: Step) -> Tensor:

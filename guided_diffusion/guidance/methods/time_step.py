@@ -35,9 +35,9 @@ class TimeStepGuidance(Guidance):
         given = step.conditional
         time = (given.t.to(given.x_t.dtype) / given.process.num_timesteps)[:, None]
 
-        def perturbed(_number: int, _input: Tensor, emb: Tensor) -> Tensor:
-            n = sent(step.normal(emb.shape[1], TIME_STEP).to(emb.dtype), emb.device)
-            return emb + self.noise * time.to(emb) ** self.power * emb.std(dim=1, keepdim=True) * n
+        def perturbed(_number: int, rows: slice, _input: Tensor, emb: Tensor) -> Tensor:
+            n = sent(step.normal(emb.shape[1], TIME_STEP)[rows].to(emb.dtype), emb.device)
+            return emb + self.noise * time[rows].to(emb) ** self.power * emb.std(dim=1, keepdim=True) * n
 
-        with altered(self.embedder, after=perturbed):
+        with altered(self.embedder, rows=len(given.x_t), after=perturbed):
             return given.eps - step.denoise(given.x_t, given.t, given.condition).eps

@@ -28,12 +28,12 @@ class TokenPerturbationGuidance(Guidance):
             raise ValueError("blocks: wanted one attention block or more, got none")
 
     def difference(self, step: Step) -> Tensor:
-        def shuffled(number: int, x: Tensor) -> Tensor:
+        def shuffled(number: int, rows: slice, x: Tensor) -> Tensor:
             tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-            order = sent(step.uniform(tokens.shape[1], TOKENS, number).argsort(dim=1), x.device)
+            order = sent(step.uniform(tokens.shape[1], TOKENS, number)[rows].argsort(dim=1), x.device)
             tokens = tokens.gather(1, order[:, :, None].expand_as(tokens))
             return tokens.transpose(1, 2).reshape(x.shape) if x.ndim == 4 else tokens
 
         given = step.conditional
-        with altered(*self.blocks, before=shuffled):
+        with altered(*self.blocks, rows=len(given.x_t), before=shuffled):
             return given.eps - step.denoise(given.x_t, given.t, given.condition).eps
