@@ -88,7 +88,7 @@ def _centred(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class FrechetDistance:
-    """d² = |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½ (Dowson & Landau 1982; Heusel et al. 2017), and its parts."""
+    """d² = ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½ (Dowson & Landau 1982; Heusel et al. 2017), and its parts."""
 
     mean_term: float
     traces: tuple[float, float]

@@ -144,7 +144,7 @@ def sliced_distance(samples: Rows, reference: Rows, device: torch.device, seed: 
 
 
 def class_distance(samples: Rows, reference: Rows) -> Measured:
-    """Half the sum of |p − q| over the classes that Inception sees first (top-1): 0 for equal histograms, 1 at most.
+    """Half the sum of `|p − q|` over the classes that Inception sees first (top-1): 0 for equal histograms, 1 at most.
 
     FID follows the histogram of ImageNet's classes (Kynkäänniemi et al. 2022); this tells how much there is to follow.
     """

@@ -111,9 +111,9 @@ def _version(tensor: Tensor) -> int:
 class GaussianDiffusion(Diffusion):
     """Diffusion with a network: training losses, single steps and whole loops.
 
-    betas: [T] in (0, 1]. Networks are called as model(x, timesteps, **model_kwargs). Arguments that the methods share:
+    betas: [T] in (0, 1]. Networks are called as `model(x, timesteps, **model_kwargs)`. Arguments of several methods:
     x [N, C, H, W]; t [N] int64; clip_denoised: clamp x̂_0 to [−1, 1]; denoised_fn: applied to x̂_0 before the clamp;
-    cond_fn(x, timesteps, **model_kwargs): ∇ log p(y | x); model_kwargs: {"y": labels} and the like;
+    `cond_fn(x, timesteps, **model_kwargs)`: ∇ log p(y | x); model_kwargs: {"y": labels} and the like;
     guidance: one Guidance or several, added to every belief that `p_mean_variance` gives; a single step has no memory,
     so `every` acts only in loops. The tables of the process are attributes, float64 [T].
     """

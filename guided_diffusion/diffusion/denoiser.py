@@ -183,7 +183,7 @@ def hooks_seen() -> AbstractContextManager[None]:
 class NetworkDenoiser:
     """A network as a Denoiser: reads its output by mean and variance type.
 
-    network(x_t, timesteps, **condition) gives [N, C, H, W], or [N, 2C, H, W] where the variance is learned.
+    `network(x_t, timesteps, **condition)` gives [N, C, H, W], or [N, 2C, H, W] where the variance is learned.
     var_type: None where the sampler has its own variance.
     denoised_fn is applied to x̂_0 before the clamp.
     """

@@ -22,8 +22,8 @@ NOT_TRAINED = "a linear_path is for sampling alone, its networks are neither tra
 class Diffusion:
     """Makes denoisers of networks, and their training losses.
 
-    Networks are called as model(x, timesteps, **model_kwargs); their output is read by mean and variance type, of which
-    flow models have none: what else they put out is not read.
+    Networks are called as `model(x, timesteps, **model_kwargs)`; their output is read by mean and variance type, of
+    which flow models have none: what else they put out is not read.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class ClassifierGradient(nn.Module):
 
 
 def gradient_of(cond_fn: Callable[..., Tensor], x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-    """cond_fn(x, timesteps, **condition), also under inference mode, where nothing has a gradient.
+    """`cond_fn(x, timesteps, **condition)`, also under inference mode, where nothing has a gradient.
 
     A ValueError if it gives no tensor.
     """
@@ -53,7 +53,7 @@ def gradient_of(cond_fn: Callable[..., Tensor], x: Tensor, timesteps: Tensor, co
 
 
 def with_classifier(denoiser: Denoiser, cond_fn: Callable[..., Tensor]) -> Denoiser:
-    """A denoiser whose predictions carry cond_fn(x_t, original timestep, **condition) as `log_prob_grad`."""
+    """A denoiser whose predictions carry `cond_fn(x_t, original timestep, **condition)` as `log_prob_grad`."""
 
     def denoise(x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         prediction = denoiser(x_t, t, condition)

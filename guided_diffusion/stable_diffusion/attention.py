@@ -59,7 +59,7 @@ def self_attention_layers(unet: nn.Module) -> dict[str, TransformerAttention]:
 
 
 def find_layer(unet: nn.Module, name: str = MIDDLE) -> TransformerAttention:
-    """The self-attention layer of that name (indices as `.0` or `[0]`); a ValueError lists the right names."""
+    """The self-attention layer of that name (`name.0` or `name[0]`); a ValueError lists the right names."""
     layers = self_attention_layers(unet)
     dotted = re.sub(r"\[(\d+)\]", r".\1", name)
     if dotted not in layers:

@@ -137,9 +137,9 @@ def load(
 ) -> StableDiffusion:
     """The model in a local folder of diffusers' format; nothing is fetched, only safetensors are read.
 
-    Or path: one `.safetensors` file of the original format, with `config`, a folder of diffusers' format that has the
-    configurations, tokenizer and scheduler of such a model. dtype: of the UNet; text encoders and VAE stay in float32.
-    A ValueError says what is missing or damaged.
+    Or path: one file `NAME.safetensors` of the original format, with `config`, a folder of diffusers' format that has
+    the configurations, tokenizer and scheduler of such a model. dtype: of the UNet; text encoders and VAE stay in
+    float32. A ValueError says what is missing or damaged.
     """
     file = Path(path) if path.endswith(".safetensors") else None
     folder = Path(config if file else path)

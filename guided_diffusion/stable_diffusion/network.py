@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 
 class LatentNetwork:
-    """network(x_t, timesteps, **condition) of a diffusers UNet: [N, C, h, w] float32 to the same, in the UNet's dtype.
+    """`network(x_t, timesteps, **condition)` of a diffusers UNet: [N, C, h, w] float32 to the same.
 
-    The scheduler, which must be the one that steps, scales x_t for every pass. condition: the UNet's own arguments by
-    name (`encoder_hidden_states`, `added_cond_kwargs`, `cross_attention_kwargs`, …), and `inpaint`, [N, 5, h, w], mask
-    and latents of the masked picture, for UNets of nine channels. With a ControlNet, `control` holds the arguments that
-    it alone takes (`controlnet_cond`, `conditioning_scale`); it sees the same latents as the UNet.
+    The UNet is called in its own dtype. The scheduler, which must be the one that steps, scales x_t for every pass.
+    condition: the UNet's own arguments by name (`encoder_hidden_states`, `added_cond_kwargs`, `cross_attention_kwargs`,
+    …), and `inpaint`, [N, 5, h, w], mask and latents of the masked picture, for UNets of nine channels. With a
+    ControlNet, `control` holds the arguments that it alone takes (`controlnet_cond`, `conditioning_scale`); it sees the
+    same latents as the UNet.
     """
 
     def __init__(self, unet: nn.Module, scheduler: Any, controlnet: nn.Module | None = None):
