@@ -44,7 +44,7 @@ def measured(plan: str, group: str) -> str:
     lines, name = [], "frechet_distance"
     for row in read(f"configs/tables/results/{plan}.json")["rows"]:
         if row["group"] == group and row["metrics"]:
-            metrics, away = row["metrics"], row["difference"] and row["difference"]["metrics"][name]
+            metrics, away = row["metrics"], (row["difference"] or {}).get("metrics", {}).get(name)
             lines.append([
                 row["label"], f"{row['network_evaluations_per_sample']:g}", number(metrics[name], ".2f"),
                 number(away, "+.2f") if away else "–", f"{away['errors']:+.1f}" if away else "–",

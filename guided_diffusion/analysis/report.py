@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..storage.files import plain
-from ..tables.page import Section, as_markdown, measured, templates
+from ..tables.page import Curve, Section, as_markdown, measured, templates
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -65,7 +67,7 @@ def frequency(study: Results) -> Section:
         ["map", "ψ", "share", "masked − all", "above, as in the paper?", f"more than at ψ = {first}",
          "above, as in the paper?", "N"],
         rows,
-        plot=partial(curves, study),
+        curves=[Curve(partial(curves, study))],
     )  # fmt: skip
 
 
@@ -191,15 +193,13 @@ def curves(study: Results) -> Any:
 
     figure = Figure(figsize=(4.2 * len(study["sizes"]), 3.4), layout="constrained")
     for axes, size in zip(figure.subplots(1, len(study["sizes"]), squeeze=False)[0], study["sizes"], strict=True):
-        whole = size["whole"]["value"]
+        whole = np.array(size["whole"]["value"])
         axes.plot(study["cycles_per_pixel"], whole, color="black", label="all cells")
         for threshold in study["thresholds"]:
             more = size["over_steps"][threshold]["curve"]
-            values = [base + (found or 0) for base, found in zip(whole, more["value"], strict=True)]
-            errors = [error or 0 for error in more["error"]]
-            axes.errorbar(
-                study["cycles_per_pixel"], values, yerr=errors, marker=".", capsize=2, label=f"mask, ψ = {threshold}"
-            )
+            values, errors = (np.array(more[key], dtype=float) for key in ("value", "error"))  # NaN where not known
+            style = {"marker": ".", "capsize": 2, "label": f"mask, ψ = {threshold}"}
+            axes.errorbar(study["cycles_per_pixel"], whole + values, yerr=errors, **style)
         axes.set(title=f"{size['map'][0]}×{size['map'][1]} maps", xlabel="cycles a pixel", ylabel="ln(1 + |F|)")
         axes.legend()
         axes.grid(alpha=0.3)

@@ -69,12 +69,16 @@ def scrubber(
     sigma: float,
     first: str,
 ) -> dict[str, Any]:
-    """What scrubber.js reads. blocks: names, sizes of maps; threshold, sigma: what |Δ| is for; first: shown block."""
+    """What scrubber.js reads. blocks: names, sizes of maps; threshold, sigma: what |Δ| is for; first: shown block.
+
+    It opens in the middle of the run: at its ends there is noise to see, or masks of what is there already.
+    """
     return {
         "samples": samples,
         "blocks": [{"name": name, "map": grid} for name, grid in blocks.items()],
         "block": list(blocks).index(first),
         "steps": steps,
+        "step": min(range(len(steps)), key=lambda place: abs(2 * steps[place] - of)),
         "of": of,
         "psi": round(threshold * QUANTA),
         "sigma": f"{sigma:g}",

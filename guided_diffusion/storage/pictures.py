@@ -52,6 +52,12 @@ def enlarge(image: np.ndarray, side: int) -> np.ndarray:
     return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
+def reduced(images: np.ndarray, side: int) -> np.ndarray:
+    """[N, H, W, 3] uint8 with means over squares of pixels, so that no side has more than `side` of them."""
+    times = max(1, -(-max(images.shape[1:3]) // side))
+    return np.stack([np.asarray(Image.fromarray(image).reduce(times)) for image in images])
+
+
 def heat(values: np.ndarray) -> np.ndarray:
     """[N, H, W] in [0, 1] as dark-blue-to-yellow pictures [N, H, W, 3] uint8."""
     stops = np.array([[18, 18, 66], [140, 40, 120], [240, 120, 60], [255, 245, 150]], dtype=np.float64)
@@ -113,15 +119,24 @@ def maker_of_png(path: str | Path) -> str:
 
 
 def labelled_grid(
-    images: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, least: int = 80, gap: int = 4
+    images: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    least: int = 80,
+    gap: int = 4,
+    font: ImageFont.FreeTypeFont | None = None,
 ) -> np.ndarray:
-    """[rows · columns, H, W, 3] uint8 as a table with names to the left and above; cells of at least so many pixels."""
+    """[rows · columns, H, W, 3] uint8 as a table with names to the left and above; cells of at least so many pixels.
+
+    font: for letters that Pillow's own has not.
+    """
     times = max(1, -(-least // images.shape[2]))
     images = images.repeat(times, axis=1).repeat(times, axis=2)
     sheet = grid(images, len(columns), gap)
-    font = ImageFont.load_default(13)
+    font = font or ImageFont.load_default(13)
     left = gap + math.ceil(max(font.getlength(row) for row in rows)) + 2 * gap
-    top = 48
+    top = 48 if title else 28
     whole = Image.new("RGB", (left + sheet.shape[1] + gap, top + sheet.shape[0] + gap), "white")
     whole.paste(Image.fromarray(sheet), (left, top))
     draw = ImageDraw.Draw(whole)

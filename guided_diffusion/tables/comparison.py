@@ -1,7 +1,7 @@
 """Samples from the same noise without and with guidance: pictures, and where the guidance looked."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +23,8 @@ from ..storage.files import write_atomically
 from .page import templates
 
 SHOWN = 8
-SHOWN_WIDTH = 640
-PICTURES = ("unguided", "mask", "guided")
-"""What is drawn beside the samples of a row: the first SHOWN of them, SHOWN_WIDTH pixels wide at most."""
+LARGEST = 128
+"""What is drawn of a row: so many samples, at most so many pixels along a side."""
 
 TO_TRY = (
     ("--sag_scale 0.3", "gentler guidance"),
@@ -57,11 +56,14 @@ class MaskCounter:
 
 @dataclass(frozen=True, eq=False)
 class SameNoise:
-    """Samples without and with guidance, uint8 [N, H, W, 3], and the share of steps in the mask [N, H, W], if any."""
+    """Samples without and with guidance, uint8 [N, H, W, 3], and the share of steps in the mask [N, H, W], if any.
+
+    guided: None where nothing guides.
+    """
 
     unguided: NDArray[np.uint8]
     share: NDArray[np.float64] | None
-    guided: NDArray[np.uint8]
+    guided: NDArray[np.uint8] | None
 
 
 def same_noise(pipeline: ImagePipeline, count: int) -> SameNoise:
@@ -74,33 +76,65 @@ def same_noise(pipeline: ImagePipeline, count: int) -> SameNoise:
                 observe(indices, state, guided)
         return pixels(pipeline, state.x)
 
+    unguided = made(replace(pipeline, guidances=(), cond_fn=None))
+    if not pipeline.cond_fn and not any(guidance.scale for guidance in pipeline.guidances):
+        return SameNoise(unguided, None, None)
     masked = [guidance for guidance in pipeline.guidances if isinstance(guidance, MaskedBlur) and guidance.scale]
     counter = MaskCounter(masked[0], len(indices), pipeline.side) if masked else None
-    unguided = made(replace(pipeline, guidances=(), cond_fn=None))
     guided = made(pipeline, counter)
     return SameNoise(unguided, counter.share if counter else None, guided)
 
 
+@dataclass(frozen=True)
+class Strips:
+    """PNGs of a row's first samples side by side: unguided; in the mask, if there is one; guided, if they are."""
+
+    unguided: bytes
+    mask: bytes | None = None
+    guided: bytes | None = None
+
+
 def draw(pipeline: ImagePipeline, folder: Path) -> None:
-    """Write the pictures of a run's first samples, unguided, mask and guided, once; none if it is unguided."""
-    if not any(guidance.scale for guidance in pipeline.guidances) and not pipeline.cond_fn:
-        return
-    if (folder / "guided.png").exists():
+    """Write the `Strips` of a run to its folder, once."""
+    if strips(folder):
         return
     seen = same_noise(pipeline, SHOWN)
-    share = pictures.masked(seen.guided, seen.share) if seen.share is not None else None
-    for name, images in zip(PICTURES, (seen.unguided, share, seen.guided), strict=True):
+    mask = None if seen.share is None else pictures.masked(seen.guided, seen.share)
+    last = ("unguided", seen.unguided)  # says that all are there
+    for name, images in (("guided", seen.guided), ("mask", mask), last):
         if images is not None:
-            grid = pictures.grid(images, min(SHOWN // 2, len(images)))
-            pictures.save_png(pictures.enlarge(grid, SHOWN_WIDTH), folder / f"{name}.png")
+            pictures.save_png(pictures.grid(pictures.reduced(images, LARGEST), SHOWN), _strip(folder, name))
 
 
-def drawn(folder: Path) -> tuple[bytes, bytes | None, bytes] | None:
-    """The PNGs that `draw` left: unguided, mask if there is one, and guided."""
-    unguided, mask, guided = (
-        path.read_bytes() if (path := folder / f"{name}.png").exists() else None for name in PICTURES
-    )
-    return (unguided, mask, guided) if unguided and guided else None
+def strips(folder: Path) -> Strips | None:
+    """What `draw` left in a run's folder."""
+    found = {
+        name: path.read_bytes() for name in ("unguided", "mask", "guided") if (path := _strip(folder, name)).exists()
+    }
+    return Strips(**found) if "unguided" in found else None
+
+
+def _strip(folder: Path, name: str) -> Path:
+    return folder / "same_noise" / f"{name}.png"
+
+
+def side_by_side(folders: Mapping[str, Path], count: int) -> NDArray[np.uint8]:
+    """The first samples of runs that began from the same noise, a run after the other: uint8 [runs · count, H, W, 3].
+
+    folders: by a name for people. A ValueError says which of them are not of the same noise, or hold too few.
+    """
+    from evaluations.pairing import why_not_paired
+    from evaluations.sources import open_source
+
+    first, images = None, []
+    for name, folder in folders.items():
+        source = open_source(str(folder))
+        source = replace(source, path=name, images=source.images and source.images.first(count))
+        first = first or source
+        if reason := why_not_paired(first, source):
+            raise ValueError(f"not of the same noise: {reason}")
+        images.append(source.images.read(0, count))
+    return np.concatenate(images)
 
 
 def compare(unguided: Prepared, guided: Prepared, guidance: GuidanceConfig, folder: Path, job: Job) -> str:

@@ -2,27 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..runs.identity import distinct, what_differs
-from .page import Section, as_markdown, measured, templates
+from .figures import DISTANCES, TITLES, Result, at_common_n, cost, cost_curves, costed, curves_by_x, samples_of
+from .page import Line, Section, as_markdown, measured, templates
 
-TITLES = {
-    "fid": "FID",
-    "frechet_distance": "Fréchet distance",
-    "sfid": "sFID",
-    "inception_score": "IS",
-    "precision": "precision",
-    "recall": "recall",
-    "memory_mb": "memory, MB",
-    "seconds": "seconds",
-    "relative_time": "time / unguided",
-}
-DISTANCES = ("fid", "frechet_distance")
-
-Result = Mapping[str, Any]
-"""One row of results.json."""
+if TYPE_CHECKING:
+    from .comparison import Strips
 
 
 def _number(value: float | None) -> str:
@@ -65,13 +52,19 @@ def group_table(rows: Sequence[Result], common_n: int) -> tuple[list[str], list[
         line += [measured(row["common"].get(distance))] if distance else []
         line += [_difference(row, rows[0])] if compared else []
         rate = row.get("images_per_s")
-        cost = row.get("network_evaluations_per_sample")
-        gradients = row.get("classifier_gradients_per_sample")
-        shown = "–" if not cost else f"{cost:g} + {gradients} of the classifier" if gradients else f"{cost:g}"
-        line += [str(row["n"] or "–"), shown, f"{rate:.2f}" if rate else "–"]
+        line += [str(row["n"] or "–"), _evaluations(row), f"{rate:.2f}" if rate else "–"]
         line += [row.get("fidelity") or "–", (row["reason"] and f"not run: {row['reason']}") or row["note"]]
         cells.append(line)
     return head, cells
+
+
+def _evaluations(row: Result) -> str:
+    """What a sample took."""
+    if not (found := row.get("network_evaluations_per_sample")):
+        return "–"
+    more = {"the classifier": row.get("classifier_gradients_per_sample")}
+    more |= {"the weak network": row.get("weak_network_evaluations_per_sample")}
+    return " + ".join([f"{found:g}", *(f"{count} of {whose}" for whose, count in more.items() if count)])
 
 
 def _difference(row: Result, first: Result) -> str:
@@ -96,28 +89,17 @@ def _why_no_difference(rows: Sequence[Result]) -> list[str]:
     return [f"{', '.join(of)}: {reason}." for reason, of in labels.items()]
 
 
-def _at_common_n(row: Result) -> tuple[str, Mapping[str, float | None]] | None:
-    """The distance that compares with other rows': its name and value with error."""
-    for source in (row["common"], row["metrics"]):
-        for name in DISTANCES:
-            if name in source:
-                return name, source[name]
-    return None
-
-
-def equal_cost(results: Mapping[str, Any]) -> list[tuple[float, list[Result]]]:
+def equal_cost(results: Mapping[str, Any]) -> list[tuple[int, list[Result]]]:
     """Measured rows by the network evaluations a sample took, where several took the same number: best first.
 
-    Rows with a classifier are left out: its gradients cost as well.
+    Rows compare that are measured against the same reference.
     """
-    by_cost: dict[float, list[Result]] = {}
-    for row in results["rows"]:
-        compares = row["metrics"] and _at_common_n(row) and not row["same_as"]
-        if compares and not row.get("classifier_gradients_per_sample"):
-            by_cost.setdefault(round(row["network_evaluations_per_sample"]), []).append(row)
+    by_cost: dict[tuple[str, int], list[Result]] = {}
+    for row in costed(results):
+        by_cost.setdefault((row.get("reference", ""), round(cost(row))), []).append(row)
     return [
-        (cost, sorted(rows, key=lambda row: _at_common_n(row)[1]["value"]))
-        for cost, rows in sorted(by_cost.items())
+        (evaluations, sorted(rows, key=lambda row: at_common_n(row)[1]["value"]))
+        for (_, evaluations), rows in sorted(by_cost.items())
         if len(rows) > 1
     ]
 
@@ -159,67 +141,78 @@ def _introduction(results: Mapping[str, Any]) -> list[str]:
     return lines + ([f"Not comparable to published numbers: {'; '.join(said)}."] if said else [])
 
 
-def _curve(points: Sequence[tuple[float, str, Mapping[str, float | None]]], title: str) -> Any:
-    """Distances by the parameter that varies, as a figure of matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    x = [point[0] for point in points]
-    y = [point[2]["value"] for point in points]
-    axes.errorbar(x, y, yerr=[point[2]["error"] or 0 for point in points], marker="o", capsize=3)
-    axes.set(xlabel=title, ylabel=TITLES[points[0][1]])
-    axes.grid(alpha=0.3)
-    return figure
+def _of_group(rows: Sequence[Result], title: str, common_n: int, strips: Mapping[str, "Strips"]) -> Section:
+    """A group's table, its pictures, and the curve of its rows' distances where they have an x."""
+    curves = curves_by_x(rows, title, common_n)
+    notes, lines = _why_no_difference(rows), _lines(rows, strips)
+    return Section(title, "", *group_table(rows, common_n), notes, curves, lines)
 
 
-def _of_group(rows: Sequence[Result], title: str, common_n: int) -> Section:
-    """A group's table, and the curve of its rows' distances where two or more have an x."""
-    points = [(row["x"], *_at_common_n(row)) for row in rows if row["x"] is not None and _at_common_n(row)]
-    points.sort(key=lambda point: point[0])
-    plot = partial(_curve, points, title) if len(points) > 1 else None
-    return Section(title, "", *group_table(rows, common_n), plot=plot, notes=_why_no_difference(rows))
+def _lines(rows: Sequence[Result], strips: Mapping[str, "Strips"]) -> list[Line]:
+    """Pictures of a group's rows; what is unguided stands once above those that it belongs to."""
+    lines, there = [], set()
+    for row in rows:
+        if (found := strips.get(row["name"])) is None:
+            continue
+        pictures = []
+        if not found.guided:
+            pictures.append(("", found.unguided, None))
+        elif found.unguided not in there:
+            pictures.append(("without guidance", found.unguided, None))
+        there.add(found.unguided)
+        if found.mask:
+            pictures.append(("in the mask (brighter: at more steps)", found.mask, None))
+        if found.guided:
+            pictures.append(("guided" if pictures else "", found.guided, found.unguided))
+        of = at_common_n(row)
+        text = f"{TITLES[of[0]]} {measured(of[1])}" if of else ""
+        text += f"; {_difference(row, rows[0])} to {rows[0]['label']}" if row["difference"] else ""
+        lines.append(Line(row["label"], text, pictures))
+    return lines
 
 
 def _of_equal_cost(results: Mapping[str, Any]) -> list[Section]:
-    """A table of the rows that took the same number of network evaluations, if there are any."""
-    rows = []
-    for cost, tied in equal_cost(results):
-        for row in tied:
-            name, found = _at_common_n(row)
-            n = results["common_n"] if row["common"] else row["n"]
-            rows.append([f"{cost:g}", row["label"], f"{TITLES[name]} {measured(found)}", str(n)])
-    head = ["network evaluations", "row", "distance", "N"]
-    return [Section("At an equal number of network evaluations", "", head, rows)] if rows else []
+    """A table of the rows that took the same number of network evaluations, and methods over it, if there are any."""
+    tied = equal_cost(results)
+    several = len({row.get("reference", "") for _, rows in tied for row in rows}) > 1
+    cells = []
+    for evaluations, rows in tied:
+        for row in rows:
+            name, found = at_common_n(row)
+            line = [
+                f"{evaluations:g}",
+                row["label"],
+                f"{TITLES[name]} {measured(found)}",
+                samples_of(row, results["common_n"]),
+            ]
+            cells.append([str(cell) for cell in line] + ([row["reference"]] if several else []))
+    head = ["network evaluations", "row", "distance", "N", *(["against"] if several else [])]
+    curves = cost_curves(results)
+    title = "At an equal number of network evaluations"
+    return [Section(title, "", head if cells else [], cells, curves=curves)] if cells or curves else []
 
 
-def _sections(results: Mapping[str, Any]) -> list[Section]:
+def _sections(results: Mapping[str, Any], strips: Mapping[str, "Strips"]) -> list[Section]:
     groups: dict[str, list[Result]] = {}
     for row in results["rows"]:
         groups.setdefault(row["group"], []).append(row)
-    titles = results["groups"]
-    tables = [_of_group(rows, titles.get(group, group), results["common_n"]) for group, rows in groups.items()]
-    return tables + _of_equal_cost(results)
+    titles, n = results["groups"], results["common_n"]
+    of_groups = [_of_group(rows, titles.get(group, group), n, strips) for group, rows in groups.items()]
+    return of_groups + _of_equal_cost(results)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The report as text."""
-    return as_markdown(results["title"], _introduction(results), _sections(results))
+    return as_markdown(results["title"], _introduction(results), _sections(results, {}))
 
 
-def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes | None, bytes]]) -> str:
-    """The report as a page. pictures: by row, PNGs of the same samples unguided, of the masks (if any), and guided.
+def html(results: Mapping[str, Any], strips: Mapping[str, "Strips"]) -> str:
+    """The report as a page. strips: pictures by row.
 
     Curves need matplotlib (the extra `report`); without it the page says so.
     """
-    labels = {row["name"]: row["label"] for row in results["rows"]}
-    return (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            title=results["title"],
-            introduction=_introduction(results),
-            sections=_sections(results),
-            pictures=[(labels[name], images) for name, images in pictures.items()],
-        )
-    )
+    said = _introduction(results)
+    if strips:
+        said.append("Pictures of one column begin from the same noise; a pointer on a guided one shows it unguided.")
+    page = templates().get_template("page.html.j2")
+    return page.render(title=results["title"], introduction=said, sections=_sections(results, strips))

@@ -23,6 +23,7 @@ def _of_plan(row: Row) -> dict[str, Any]:
         "x": row.x,
         "note": row.note,
         "same_as": row.same_as,
+        "reference": Path(row.reference).name,
         "published": dict(row.published),
     }
 
@@ -105,11 +106,13 @@ def write(
             "versions": versions(),
             "rows": rows,
         }
-        drawn = {row["name"]: comparison.drawn(folder / row["name"]) for row in rows if row["metrics"]}
+        strips = {
+            row["name"]: comparison.strips(folder / (row["same_as"] or row["name"])) for row in rows if row["metrics"]
+        }
         texts = {
             "results.json": json_text(results, indent=1) + "\n",
             "report.md": report.markdown(results),
-            "report.html": report.html(results, {name: images for name, images in drawn.items() if images}),
+            "report.html": report.html(results, {name: found for name, found in strips.items() if found}),
         }
         for name, text in texts.items():
             write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from evaluations.ranks import BadInputError, Ranks
 
+from ..guidance.methods.autoguidance import Autoguidance
+from ..runs.pipeline import ImagePipeline
 from ..runs.prepare import CLASSIFIER_GROUPS, IMAGE_GROUPS, Configs, Prepared, image_run
 from ..runs.ranks import Job, Lost
 from ..runs.run import run
@@ -114,6 +117,7 @@ def measure(row: Row, prepared: Prepared, judge: Judge, job: Job, before: dict[s
         "n": n,
         "network_evaluations_per_sample": about["network_evaluations_per_sample"],
         "weak_network_evaluations_per_sample": about.get("weak_network_evaluations_per_sample", 0),
+        "weak_network_pass": weak_network_pass(pipeline),
         "classifier_gradients_per_sample": pipeline.num_steps if pipeline.cond_fn else 0,
         "images_per_s": round(made / about["seconds"], 3) if made else before.get("images_per_s"),
         "guidance": prepared.guidance_line,
@@ -121,6 +125,21 @@ def measure(row: Row, prepared: Prepared, judge: Judge, job: Job, before: dict[s
         "hash": store.hash,
         "made_by": about["made_by"],
     }
+
+
+@torch.no_grad()
+def weak_network_pass(pipeline: ImagePipeline) -> float | None:
+    """Multiply-adds of a pass of autoguidance's weak network over those of the network's; None where there is none."""
+    weak = [each.weak for each in pipeline.guidances if isinstance(each, Autoguidance) and each.scale]
+    if not weak:
+        return None
+    x, t = torch.zeros(1, *pipeline.x_shape, device=pipeline.device), torch.zeros(1, dtype=torch.int64)
+    counts = []
+    for denoise in (*weak, pipeline.denoiser):
+        with FlopCounterMode(display=False) as counter:
+            denoise(x, t.to(x.device), pipeline.condition([0]))
+        counts.append(counter.get_total_flops())
+    return round(sum(counts[:-1]) / counts[-1], 3)
 
 
 def cost(about: Mapping[str, Any], n: int, before: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

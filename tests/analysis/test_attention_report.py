@@ -13,7 +13,7 @@ from PIL import Image
 
 from guided_diffusion.analysis import report as page
 from guided_diffusion.analysis.ranking import Changes, doubts, ranking, recommendation, recommended_sigma
-from guided_diffusion.analysis.scrubber import quantised
+from guided_diffusion.analysis.scrubber import quantised, scrubber
 from guided_diffusion.analysis.study import AttentionStudy, step_at
 from guided_diffusion.analysis.watch import Watch
 from guided_diffusion.diffusion.noise import SampleNoise
@@ -224,6 +224,16 @@ def test_what_the_page_reads_cannot_end_its_script(report):
     assert json.loads(data) == {"blocks": "</script><b>"}
 
 
+def test_curves_leave_out_what_is_not_known():
+    pytest.importorskip("matplotlib")
+    curve = {"value": [0.5, None], "error": [None, None]}
+    size = {"map": [8, 8], "whole": {"value": [1.0, 2.0]}, "over_steps": {"1": {"curve": curve}}}
+    figure = page.curves({"sizes": [size], "thresholds": ["1"], "cycles_per_pixel": [0.1, 0.2]})
+    line, _, [bars] = figure.axes[0].containers[0].lines
+    np.testing.assert_array_equal(line.get_ydata(), [1.5, np.nan])
+    assert not any(len(segment) for segment in bars.get_segments())
+
+
 PROBE = """<script>
   const root = document.querySelector(".scrubber"), found = [];
   const wait = async turn => { while (root.dataset.drawn !== String(turn)) await new Promise(r => setTimeout(r, 10)); };
@@ -234,6 +244,7 @@ PROBE = """<script>
   (async () => {
     let turn = 1;
     await wait(turn);
+    const opened = root.querySelector("[name=at]").value;
     for (const [sample, block, step, psi] of CASES) {
       set("sample", sample); set("block", block); set("step", step); set("psi", psi);
       await wait(turn += 4);
@@ -248,7 +259,8 @@ PROBE = """<script>
       found.push({mask, x0: pixels("x0"), degraded: pixels("degraded"), said: root.querySelector("[name=said]").value,
         psi: root.querySelector("[name=threshold]").value});
     }
-    document.title = JSON.stringify({found, broken: [...document.images].filter(image => !image.naturalWidth).length});
+    const broken = [...document.images].filter(image => !image.naturalWidth).length;
+    document.title = JSON.stringify({found, opened, broken});
   })();
 </script>"""
 
@@ -259,7 +271,7 @@ def test_page_makes_the_masks_of_the_program(report, tmp_path):
     cases = [
         (sample, block, step, psi) for sample in (0, 2) for block in (0, 3) for step in (0, 1) for psi in (100, 130, 73)
     ]
-    html = (report / "report.html").read_text()
+    html = (report / "report.html").read_text().replace('"step": 0', '"step": 1')  # of steps 3 and 0 it opens at 0
     (tmp_path / "probe.html").write_text(html.replace("</body>", PROBE.replace("CASES", json.dumps(cases)) + "</body>"))
     process = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom",
@@ -269,6 +281,7 @@ def test_page_makes_the_masks_of_the_program(report, tmp_path):
     assert "CONSOLE" not in process.stderr
     title = json.loads(process.stdout.split("<title>")[1].split("</title>")[0])
     assert title["broken"] == 0
+    assert title["opened"] == "t = 0 of 4"
     sampler = embedded()
     blocks, seen = attention_blocks(sampler.network), []
     watching = Watch(blocks=blocks, steps=frozenset([0, 3]), thresholds=[1.0], blur_sigmas=[1.5], seen=seen.append)
@@ -288,6 +301,15 @@ def test_page_makes_the_masks_of_the_program(report, tmp_path):
         inside = attention_mask(score, (32, 32), psi / 100)[0, 0].numpy()
         assert np.array_equal(x0[~inside], degraded[~inside])
         assert not np.array_equal(x0[inside], degraded[inside])
+
+
+def test_page_opens_in_the_middle_of_the_run():
+    def opened(steps, of):
+        return scrubber([], {"block": (8, 8)}, steps, of, 1.0, 1.5, "block")["step"]
+
+    assert opened([49, 33, 16, 0], 50) == 1
+    assert opened([249, 208, 166, 124, 83, 42, 0], 250) == 3
+    assert opened([3], 4) == 0
 
 
 def test_page_stands_alone(report):

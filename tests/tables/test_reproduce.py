@@ -1,28 +1,35 @@
 """Plans run row by row, and their reports."""
 
+import base64
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from filelock import FileLock
+from PIL import Image
 
 from evaluations import evaluate
 from guided_diffusion.commands import reproduce
 from guided_diffusion.guidance import base
 from guided_diffusion.guidance.base import GuidedDenoiser
 from guided_diffusion.guidance.classifier_free import ClassifierFreeGuidance, null_class
+from guided_diffusion.guidance.methods.autoguidance import Autoguidance
 from guided_diffusion.guidance.perturbed_attention import PerturbedAttentionGuidance
 from guided_diffusion.guidance.schedule import Schedule
 from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.settings.shipped import shipped
-from guided_diffusion.tables import page, report, results
+from guided_diffusion.tables import comparison, page, report, results
 from guided_diffusion.tables.plans import read_plan
+from guided_diffusion.tables.rows import prepare, weak_network_pass
 from running import LIMIT_S, SCRIPTS, ended, mpiexec, refused, run
 
 PUBLISHED = {"frechet_distance": 100, "recall": None}
@@ -190,37 +197,85 @@ def test_page_stands_alone(ran):
     text = (ran[0] / "report.html").read_text()
     assert "A &lt;test&gt; plan" in text
     assert "<test>" not in text
-    assert text.count('class="slider"') == 2  # the guided rows; one that is the same as another has no pictures
     assert "<svg" in text or "needs matplotlib" in text
     for source in ("src=", "href="):
         for part in text.split(source)[1:]:
             assert part.startswith(('"data:image/png;base64,', '"#', "'#"))
 
 
+def test_page_shows_every_measured_row_and_holds_each_picture_once(ran):
+    folder = ran[0]
+    text = (folder / "report.html").read_text()
+    pictures = {name: ["guided", "mask", "unguided"] for name in ("on", "by_class")} | {"off": ["unguided"]}
+    files = {name: sorted((folder / name / "same_noise").iterdir()) for name in pictures}
+    assert {name: [path.stem for path in paths] for name, paths in files.items()} == pictures
+    off, on = (np.asarray(Image.open(folder / name / "same_noise" / "unguided.png")) for name in ("off", "on"))
+    assert np.array_equal(off[:, : 5 * 34], on[:, : 5 * 34])
+    assert (on[:, 5 * 34 :] == 255).all()  # five samples stand in the same columns as seven
+    # "again" shows what "on" does, and nothing is in the page twice.
+    held = re.findall(r'<image id="picture-\d+" width="270" height="32" href="data:image/png;base64,([^"]*)"', text)
+    assert len(set(held)) == len(held) == text.count("data:image/png")
+    assert set(held) == {base64.b64encode(path.read_bytes()).decode() for paths in files.values() for path in paths}
+    places = [text.index(part) for part in ("<b>s = 0</b>", "<b>s = 1</b>", "<table>", "<b>the same</b>")]
+    assert places == sorted(places)
+    difference = rows_of(folder)["on"]["difference"]["metrics"]["frechet_distance"]
+    assert f"{difference['value']:+.2f} ± {difference['error']:.2f}" in text.split("<b>s = 1</b>")[1].split("</p>")[0]
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_page_in_a_browser(ran, tmp_path):
-    """Chromium draws tables, pictures and slider, and its console stays empty."""
+    """Chromium draws tables and pictures, shows what is unguided on request, and its console stays empty."""
     text = (ran[0] / "report.html").read_text()
-    probe = """<script>
-      const input = document.querySelector(".slider input"), over = document.querySelector(".slider .over");
-      const before = over.getBoundingClientRect().width;
-      input.value = 10; input.dispatchEvent(new Event("input"));
-      const after = over.getBoundingClientRect().width;
-      const loaded = [...document.images].filter(image => image.complete && image.naturalWidth).length;
-      document.title = JSON.stringify({tables: document.querySelectorAll("tbody tr").length, loaded,
-        images: document.images.length, moved: after < before && after > 0});
-    </script>"""
+    probe = """<script>(async () => {
+      const load = async image => {
+        const copy = new Image(); copy.src = image.href.baseVal; await copy.decode(); return copy.naturalWidth;
+      };
+      const widths = await Promise.all([...document.querySelectorAll("image")].map(load));
+      const strips = [...document.querySelectorAll(".line svg")], over = document.querySelector(".line .over");
+      const before = getComputedStyle(over).opacity;
+      over.closest("svg").focus();
+      document.title = JSON.stringify({tables: document.querySelectorAll("tbody tr").length, widths,
+        strips: new Set(strips.map(strip => strip.getBoundingClientRect().width)).size,
+        shown: [before, getComputedStyle(over).opacity], wide: document.body.scrollWidth});
+    })();</script>"""
     (tmp_path / "probe.html").write_text(text.replace("</body>", f"{probe}</body>"))
     process = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom",
-         f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/probe.html"],
+         "--virtual-time-budget=20000", "--window-size=500,800", f"--user-data-dir={tmp_path}/profile",
+         f"file://{tmp_path}/probe.html"],
         capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert "CONSOLE" not in process.stderr
     found = json.loads(process.stdout.split("<title>")[1].split("</title>")[0])
-    assert found["moved"]
-    assert found["loaded"] == found["images"] >= 6
+    assert found["shown"] == ["0", "1"]
+    assert found["widths"] == [8 * 34 - 2] * 7
+    assert found["strips"] == 1  # so that the same noise stands in the same column
+    assert found["wide"] <= 500  # what is wider scrolls by itself
     assert found["tables"] >= 6
+
+
+def test_a_pass_of_a_weak_network_is_measured(ran):
+    pipeline = prepare(read_plan(ran[1]).chosen("off")[0], torch.device("cpu")).pipeline
+    assert weak_network_pass(pipeline) is None
+    guidance = Autoguidance(scale=1.0, weak=pipeline.denoiser)
+    assert weak_network_pass(replace(pipeline, guidances=(guidance,))) == 1
+
+
+def test_the_same_noises_under_the_rows_of_a_group(ran, tmp_path):
+    """docs/figures.py"""
+    pytest.importorskip("matplotlib")
+    folder, found = ran[0], json.loads((ran[0] / "results.json").read_text())
+    script = runpy.run_path(str(SCRIPTS.parent / "docs" / "figures.py"))
+    script["draw_noises"](folder, found, "one", tmp_path / "noises.png")
+    picture = np.asarray(Image.open(tmp_path / "noises.png"))
+    samples = np.load(folder / "on" / "samples_5x32x32x3.npz")["arr_0"]
+    images = comparison.side_by_side({"s = 0": folder / "off", "s = 1": folder / "on"}, 4)
+    assert np.array_equal(images[4:], samples[:4])
+    last = samples[3].repeat(3, axis=0).repeat(3, axis=1)
+    assert np.array_equal(picture[-96 - 4 : -4, -96 - 4 : -4], last)
+    with pytest.raises(SystemExit, match="not of the same noise: labels is"):
+        script["draw_noises"](folder, found, "two", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_dry_run_counts_what_a_run_takes(ran, capsys):
@@ -313,18 +368,6 @@ def test_evaluations_are_counted_without_making_any(small_conditional, every, lo
         for t in reversed(range(diffusion.num_timesteps)):
             guided(x, torch.tensor([t]), {"y": torch.tensor([1])})
         assert base.evaluations(guidances, diffusion.process) == guided.evaluations
-
-
-def test_equal_cost_leaves_out_what_does_not_compare():
-    def row(name, cost, value, **more):
-        found = {"frechet_distance": {"value": value, "error": 1.0}}
-        return {"name": name, "label": name, "metrics": found, "common": found, "same_as": "", "n": 5,
-                "network_evaluations_per_sample": cost} | more  # fmt: skip
-
-    rows = [row("a", 100, 3), row("b", 100, 2), row("c", 50, 1), row("d", 100, 1, classifier_gradients_per_sample=50)]
-    [(cost, tied)] = report.equal_cost({"rows": rows})
-    assert cost == 100
-    assert [found["name"] for found in tied] == ["b", "a"]
 
 
 def some_result(row):

@@ -11,6 +11,7 @@ for (const root of document.querySelectorAll(".scrubber")) {
   options("block", data.blocks.map(block => `${block.name} (${block.map.join("×")})`));
   control("block").value = data.block;
   control("step").max = data.steps.length - 1;
+  control("step").value = data.step;
   control("psi").max = data.largest;
   control("psi").value = data.psi;
   const loaded = {};
