@@ -42,7 +42,8 @@ def build(name):
 
 def test_there_is_a_configuration_for_every_published_checkpoint():
     assert len(PUBLISHED) == 19
-    others = {"emoji", "emoji_autoguidance", "emoji_classifier", "emoji_weak", "dit_xl_256", "dit_xl_512", "sit_xl_256"}
+    emoji = {f"emoji{which}" for which in ("", "_autoguidance", "_classifier", "_fast", "_weak")}
+    others = emoji | {"dit_xl_256", "dit_xl_512", "sit_xl_256"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PUBLISHED) | others
 
 
