@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import logging
 import math
 import os
@@ -16,9 +15,10 @@ from numbers import Real
 from typing import Any
 
 import blobfile as bf
-import yaml
 
+from .other_names import OTHER_NAMES, hint
 from .shipped import shipped_yaml
+from .yaml_files import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,6 @@ MOST = 2**31 - 1
 
 MOST_SEED, MOST_AT_A_TIME, MOST_SIDE = 2**64 - 1, 2**20, 2**14
 """Of seeds, of images in a batch, and of the pixels along a side."""
-
-MOST_YAML = 10_000
-"""Keys and values of a YAML file, those behind an alias counted as often as it stands."""
 
 MOST_SAID = 1000
 """Characters of a sentence about bad input: its beginning and its end are kept."""
@@ -153,86 +150,6 @@ def numbers(key: str, text: str, kind: type) -> list[Any]:
     return [parse_value(part, kind, key) for part in text.split(",")]
 
 
-def parse_yaml(text: str) -> Any:
-    """What a YAML text holds, plain values only; a ValueError where it is none or too much."""
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"not YAML ({' '.join(str(error).split())[:200]})") from None
-    todo, seen = [node], 0
-    while todo:
-        held = todo.pop()
-        seen += 1
-        if seen > MOST_YAML:
-            raise ValueError(f"holds more than {MOST_YAML} keys and values, counting what its aliases stand for")
-        if isinstance(held, yaml.CollectionNode):
-            todo += [part for item in held.value for part in (item if isinstance(item, tuple) else (item,))]
-    try:
-        return None if node is None else loader.construct_document(node)
-    except Exception as error:  # of an odd value PyYAML says so by any type
-        raise ValueError(f"not YAML ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The keys and values of what --config names (`shipped_yaml`); a ValueError says what is wrong with it."""
-    try:
-        path = shipped_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"--config {error}") from None
-    try:
-        with bf.BlobFile(path, "r") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError, bf.Error) as error:
-        raise ValueError(f"--config {path}: cannot be read ({type(error).__name__})") from None
-    try:
-        values = parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"--config {path}: wanted lines of key: value")
-    return {key: value for key, value in values.items() if key not in NOTES}
-
-
-OTHER_NAMES = {
-    "guide_scale": {"sag_scale"},
-    "sag_scale": {"guide_scale"},
-    "sel_attn_block": {"sag_block"},
-    "sel_attn_depth": {"sag_block"},
-    "sampler": {"use_ddim"},
-    "use_ddim": {"sampler"},
-}
-"""Flags that say the same in another way: a later layer's one replaces an earlier layer's other."""
-
-ELSEWHERE = {
-    "num_inference_steps": ("steps", "timestep_respacing"),
-    "ddim_steps": ("steps", "timestep_respacing"),
-    "num_images_per_prompt": ("num_images",),
-    "n_samples": ("num_images", "num_samples"),
-    "guidance_scale": ("cfg_scale, which is guidance_scale − 1",),
-    "cfg_scale": ("guidance_scale, which is 1 + cfg_scale",),
-    "eta": ("ddim_eta",),
-    "sampler": ("scheduler",),
-    "pretrained_model_name_or_path": ("model", "model_path"),
-    "model_id": ("model", "model_path"),
-    "model_path": ("model",),
-    "ckpt": ("model", "model_path"),
-    "checkpoint": ("model", "model_path"),
-    "torch_dtype": ("dtype", "use_fp16"),
-    "mask_image": ("image_mask",),
-    "output_dir": ("out_dir",),
-    "outdir": ("out_dir",),
-    "resolution": ("image_size",),
-    "learning_rate": ("lr",),
-    "train_batch_size": ("batch_size",),
-    "train_data_dir": ("data_dir",),
-}
-"""What other tools call our settings, each with the names of ours that it may be and what is to be said of them."""
-
-NOTES = {"paper", "published"}
-"""Keys of a configuration file that are for people and tables, not flags."""
-
-
 def _fields(groups: tuple[type, ...], without: Container[str] = ()) -> dict[str, tuple[dataclasses.Field, Any]]:
     found = {}
     for group in groups:
@@ -241,26 +158,6 @@ def _fields(groups: tuple[type, ...], without: Container[str] = ()) -> dict[str,
             if field.name not in without:
                 found[field.name] = (field, hints[field.name])
     return found
-
-
-def _hint(key: str, fields: Mapping[str, Any], flag: str = "") -> str:
-    """What to say of an unknown key: what it is here, whose it is, or which is near. flag: how flags begin."""
-    from .scripts import whose  # its groups of settings are made with this module
-
-    def named(name: str) -> str:
-        return f"{flag}{name}" if flag else repr(name)
-
-    key = key.replace("-", "_")
-    if key in fields:
-        return f"; did you mean {named(key)}?"
-    for known in ELSEWHERE.get(key, ()):
-        name, comma, remark = known.partition(",")
-        if name in fields:
-            return f"; did you mean {named(name)}{comma}{remark}?"
-    if scripts := whose(key):
-        return f"; it is of {scripts}"
-    near = difflib.get_close_matches(key, fields, n=1)
-    return f"; did you mean {named(near[0])}?" if near else ""
 
 
 def _check_size(key: str, value: Any, infinite: bool, most: int) -> None:
@@ -284,7 +181,7 @@ def merge(groups: tuple[type, ...], *layers: tuple[str, Mapping[str, Any]], with
                 values.pop(other, None)
         for key, value in layer.items():
             if key not in fields:
-                raise ValueError(f"{source}: unknown key {quoted(key)}{_hint(key, fields)}")
+                raise ValueError(f"{source}: unknown key {quoted(key)}{hint(key, fields)}")
             field, kind = fields[key]
             words = field.metadata["words"]
             values[key] = words[value] if str(value) in words else parse_value(value, kind, f"{source}: {key}")
@@ -307,8 +204,8 @@ def parse_args(
     """Command line to one instance of every dataclass in `groups`: defaults < `--config` files < flags.
 
     without: fields of the groups that are no flags here. unread: groups of other scripts whose fields a `--config` file
-    may have all the same. A group's method `remark(given, explicit)`, if it has one,
-    is asked for a warning about what was given and what was not; explicit: by flags, not by files.
+    may have all the same. A group's method `remark(given, explicit)`, if it has one, is asked for a warning about what
+    was given and what was not; explicit: by flags, not by files.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     default = f" (default: {', then '.join(default_configs)})" if default_configs else ""
@@ -339,7 +236,7 @@ def parse_args(
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        parser.error(f"unknown flag {unknown[0]}{_hint(name, _fields(groups, without), '--')}")
+        parser.error(f"unknown flag {unknown[0]}{hint(name, _fields(groups, without), '--')}")
     flags = vars(known)
     files = flags.pop("config", None) or list(default_configs)
     with exit_on_bad_input():

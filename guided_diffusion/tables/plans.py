@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..settings.options import parse_yaml, quoted, read_yaml
+from ..settings.options import quoted
 from ..settings.shipped import shipped, shipped_yaml
+from ..settings.yaml_files import parse_yaml, read_yaml
 from ..storage.files import is_address
 
 TABLES = shipped("tables")
