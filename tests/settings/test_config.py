@@ -14,7 +14,8 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.settings.guidance import ClassifierGuidanceConfig, GuidanceConfig
 from guided_diffusion.settings.model import DiffusionConfig, NetworkConfig
-from guided_diffusion.settings.options import ELSEWHERE, BadInput, merge, option, parse_args
+from guided_diffusion.settings.options import BadInput, merge, option, parse_args
+from guided_diffusion.settings.other_names import ELSEWHERE
 from guided_diffusion.settings.scripts import GUIDANCE, SCRIPTS, whose
 
 GROUPS = (NetworkConfig, DiffusionConfig, GuidanceConfig)
