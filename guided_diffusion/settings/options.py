@@ -17,8 +17,7 @@ from typing import Any
 import blobfile as bf
 
 from .other_names import OTHER_NAMES, hint
-from .shipped import shipped_yaml
-from .yaml_files import read_yaml
+from .shipped import read_yaml, shipped_yaml
 
 log = logging.getLogger(__name__)
 

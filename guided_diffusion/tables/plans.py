@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings.options import quoted
-from ..settings.shipped import shipped, shipped_yaml
-from ..settings.yaml_files import parse_yaml, read_yaml
+from ..settings.shipped import parse_yaml, read_yaml, shipped, shipped_yaml
 from ..storage.files import is_address
 
 TABLES = shipped("tables")

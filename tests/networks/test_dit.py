@@ -19,9 +19,8 @@ from guided_diffusion.networks.building import build_transformer
 from guided_diffusion.networks.dit import DiT, named
 from guided_diffusion.networks.inspection import inspect, wrong_flags
 from guided_diffusion.settings.model import NetworkConfig
-from guided_diffusion.settings.shipped import shipped
+from guided_diffusion.settings.shipped import read_yaml, shipped
 from guided_diffusion.settings.transformer import DIT_NAMES, TransformerConfig, dit_sizes
-from guided_diffusion.settings.yaml_files import read_yaml
 from guided_diffusion.storage.checkpoints import load_into
 from running import refused, run
 

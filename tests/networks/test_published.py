@@ -17,7 +17,7 @@ from guided_diffusion.script_util import sr_create_model_and_diffusion
 from guided_diffusion.settings.guidance import GuidanceConfig
 from guided_diffusion.settings.model import ClassifierConfig, DiffusionConfig, NetworkConfig
 from guided_diffusion.settings.options import merge
-from guided_diffusion.settings.yaml_files import read_yaml
+from guided_diffusion.settings.shipped import read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "published_tensors.json.gz").read_bytes()))

@@ -14,7 +14,7 @@ from guided_diffusion.guidance.self_attention import SelfAttentionGuidance
 from guided_diffusion.networks.attention import find_block
 from guided_diffusion.networks.unet import UNetModel
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.settings.yaml_files import read_yaml
+from guided_diffusion.settings.shipped import read_yaml
 from running import environment, run
 from small import CONFIGS, EMBEDDED, SMALL, randomised
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.settings.yaml_files import read_yaml
+from guided_diffusion.settings.shipped import read_yaml
 from guided_diffusion.storage import fetch
 from guided_diffusion.storage.checkpoints import load_state_dict, save_atomically
 from guided_diffusion.tables.plans import WEIGHTS

@@ -18,7 +18,7 @@ from guided_diffusion.runs.sample_store import SampleStore
 from guided_diffusion.settings.guidance import GuidanceConfig
 from guided_diffusion.settings.model import NetworkConfig
 from guided_diffusion.settings.options import BadInput, merge
-from guided_diffusion.settings.yaml_files import read_yaml
+from guided_diffusion.settings.shipped import read_yaml
 from guided_diffusion.storage import files
 from guided_diffusion.storage.checkpoints import load_state_dict
 from guided_diffusion.storage.files import json_text

@@ -15,8 +15,8 @@ from guided_diffusion.diffusion.process import ForwardProcess, get_named_beta_sc
 from guided_diffusion.networks.building import build_classifier
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
 from guided_diffusion.settings.model import ClassifierConfig
+from guided_diffusion.settings.shipped import read_yaml
 from guided_diffusion.settings.training import ClassifierTrainingConfig
-from guided_diffusion.settings.yaml_files import read_yaml
 from guided_diffusion.storage.checkpoints import load_into
 from guided_diffusion.training.classifier import ClassifierLoop, accuracy_by_noise
 from running import refused, run
