@@ -93,7 +93,9 @@ def without_object(_app: Any, tree: nodes.document) -> None:
 
 def finish(app: Any, _error: Exception | None) -> None:
     """Hosts and people look for index.html."""
-    (Path(app.outdir) / "index.html").write_text('<meta http-equiv="refresh" content="0; url=README.html">\n')
+    (Path(app.outdir) / "index.html").write_text(
+        '<meta http-equiv="refresh" content="0; url=README.html"><a href="README.html">the documents</a>\n'
+    )
 
 
 def setup(app: Any) -> None:

@@ -61,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def arguments() -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("reference", metavar="REF", help="what the samples are compared with")
     parser.add_argument("samples", metavar="SAMPLES", help="what is judged")
     parser.add_argument(

@@ -65,7 +65,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> 
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if count > length:
-            raise ValueError(f"{asked} asks for {count} steps of a section of {length}")
+            raise ValueError(f"{asked}: wanted at most {length} steps of {len(counts)} section(s), got {count}")
         stride = 1.0 if count == 1 else (length - 1) / (count - 1)
         position = 0.0
         for _ in range(count):

@@ -70,7 +70,8 @@ class Progress:
             "images_per_s": round(rate, 3),
             "seconds_left": round(left / rate) if rate else None,
         }
-        text = json_text(line) if self._json else ", ".join(f"{key} {value}" for key, value in line.items())
+        known = {key: value for key, value in line.items() if value is not None}
+        text = json_text(line) if self._json else ", ".join(f"{key} {value}" for key, value in known.items())
         sys.stderr.write(f"{text}\n")
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ class SampleStore(Shards):
             return f"{self.manifest_path} is damaged and is written again; shards tell by themselves what they are\n"
         theirs, ours = plain(theirs), plain(dict(self.identity))
         different = [
-            f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}"
+            f"{key} was {_said(theirs, key)}, is {_said(ours, key)}"
             for key in sorted(theirs.keys() | ours.keys())
             if theirs.get(key) != ours.get(key)
         ]
@@ -187,6 +187,11 @@ class SampleStore(Shards):
         """The first `count` samples, or all if there are fewer: uint8 [N, H, W, 3]."""
         needed = -(-min(count, self.num_samples) // self.shard_size)
         return np.concatenate([self.read(number).images for number in range(needed)])[:count]
+
+
+def _said(identity: Mapping[str, Any], key: str) -> str:
+    """A setting's value; one that is not written down is at its default."""
+    return repr(identity[key]) if key in identity else "the default"
 
 
 def read_manifest(folder: str) -> dict[str, Any]:

@@ -53,7 +53,10 @@ def quoted(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are `BadInput`."""
+    """argparse's, whose errors are `BadInput`; a flag is written out."""
+
+    def __init__(self, **about: Any):
+        super().__init__(**about, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
@@ -206,7 +209,7 @@ def parse_args(
     may have all the same. A group's method `remark(given, explicit)`, if it has one, is asked for a warning about what
     was given and what was not; explicit: by flags, not by files.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = f" (default: {', then '.join(default_configs)})" if default_configs else ""
     parser.add_argument(
         "--config",
@@ -233,6 +236,8 @@ def parse_args(
                 const="True" if is_bool else None,
             )
     known, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        parser.error(f"{quoted(unknown[0])} belongs to no flag; each takes one value (--config A --config B)")
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         parser.error(f"unknown flag {unknown[0]}{hint(name, _fields(groups, without), '--')}")

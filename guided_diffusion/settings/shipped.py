@@ -37,7 +37,7 @@ def shipped_yaml(text: str, folder: str = "", kind: str = "configuration") -> st
     names = sorted(file.stem for file in shipped(folder).glob("*.yaml"))
     near = difflib.get_close_matches(Path(text).stem, names)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"{path}: no such {kind}; there are {', '.join(names) or 'none'}{hint}")
+    raise ValueError(f"{path}: no such {kind}{hint}; there are {', '.join(names) or 'none'}")
 
 
 def how_to_install(extra: str) -> str:

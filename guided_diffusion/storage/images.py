@@ -33,7 +33,7 @@ def list_image_files(data_dir: str, flag: str = "data_dir") -> list[Path]:
     if not data_dir:
         raise ValueError(f"{flag}: give a folder of images")
     if not Path(data_dir).is_dir():
-        raise ValueError(f"{flag}: no such folder {data_dir!r}")
+        raise ValueError(f"{flag}: no such file or folder {data_dir!r}")
     files = []
     for folder, folders, names in os.walk(data_dir, followlinks=True):
         paths = (Path(folder, name) for name in (*folders, *names))

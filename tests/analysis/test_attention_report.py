@@ -344,7 +344,9 @@ def test_refusals(capsys, tmp_path):
         capsys, "attention_report", **FEW_AND, noise_levels="0.5,2"
     )
     assert "thresholds: wanted float, got 'x'" in refused(capsys, "attention_report", **FEW_AND, thresholds="x")
-    assert "data_dir: no such folder" in refused(capsys, "attention_report", **FEW_AND, data_dir=tmp_path / "none")
+    assert "data_dir: no such file or folder" in refused(
+        capsys, "attention_report", **FEW_AND, data_dir=tmp_path / "none"
+    )
     assert "blur_sigma: wanted 0 or more" in refused(capsys, "attention_report", **FEW_AND, blur_sigmas="-1")
     assert not (tmp_path / "out").exists()
 

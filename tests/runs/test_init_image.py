@@ -186,7 +186,7 @@ def test_the_pictures_count_and_not_their_names(flags, folder, tmp_path, capsys)
         ({"strength": -0.1}, "strength: wanted 0 to 1, got -0.1"),
         ({"strength": "nan"}, "strength: wanted a finite number, got nan"),
         ({"init_image": "", "strength": 0.3}, "strength: goes with images to begin with; give --init_image"),
-        ({"init_image": "nowhere"}, "init_image: no such folder 'nowhere'"),
+        ({"init_image": "nowhere"}, "init_image: no such file or folder 'nowhere'"),
         ({"init_image": "nowhere.npz"}, "init_image: no such file 'nowhere.npz'"),
         ({"init_image": CONFIGS / "models" / "emoji32_masks.npz"}, "arr_0: wanted uint8 [N, 32, 32, 3], got uint8"),
         ({"image_size": 64, "init_image": TRAINED_ON}, "arr_0: wanted uint8 [N, 64, 64, 3]"),

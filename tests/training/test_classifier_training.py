@@ -189,7 +189,7 @@ def test_accuracy_is_of_so_many_pictures_at_most(folders, monkeypatch):
         ({"iterations": 0}, "iterations: wanted 1 or more"),
         ({"eval_interval": 0}, "eval_interval: wanted 1 or more"),
         ({"lr": -1}, "lr: wanted more than 0"),
-        ({"data_dir": "nowhere"}, "data_dir: no such folder 'nowhere'"),
+        ({"data_dir": "nowhere"}, "data_dir: no such file or folder 'nowhere'"),
         ({"classifier_channel_mult": "1,x"}, "classifier_channel_mult: wanted float, got 'x'"),
         ({"schedule_sampler": "best"}, "schedule_sampler: 'best' is neither"),
         ({"num_channels": 4}, "unknown flag --num_channels"),

@@ -85,7 +85,7 @@ def test_the_network_sees_its_own_image_made_small(flags, monkeypatch):
         ({"large_size": 63, "small_size": 16}, "63"),
         ({"image_size": 64}, "unknown flag --image_size"),
         ({"num_classes": 1}, "num_classes: 1, but data_dir has 2 classes"),
-        ({"data_dir": "nowhere"}, "data_dir: no such folder 'nowhere'"),
+        ({"data_dir": "nowhere"}, "data_dir: no such file or folder 'nowhere'"),
     ],
 )
 def test_wrong_flags_are_one_sentence(flags, capsys, wrong, said):
