@@ -151,10 +151,12 @@ def toy() -> str:
     return rows("guidance | passes | outside | moved | distance", lines)
 
 
+DEMO = ("main", "judged", "classes", "scale", "mask", "block", "when")
+
 TABLES: dict[str, Callable[[], str]] = {
     "benchmark": benchmark, "attention": attention, "disturbances": disturbances,
     "calibration": calibration, "cost": cost, "precision": precision, "toy": toy,
-    **{f"demo-{group}": partial(measured, "demo", group) for group in ("main", "judged", "classes", "mask", "when")},
+    **{f"demo-{group}": partial(measured, "demo", group) for group in DEMO},
 }  # fmt: skip
 
 
