@@ -316,4 +316,4 @@ def test_folders_older_than_the_flag_stay_what_they_are(flags, tmp_path, capsys)
     assert "sampler" not in manifest["identity"]
     capsys.readouterr()
     said = refused(capsys, "image_sample", **flags, sampler="unipc", out_dir=tmp_path / "out")
-    assert "sampler was None, is 'unipc'" in said
+    assert "sampler was the default, is 'unipc'" in said

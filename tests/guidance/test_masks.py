@@ -229,7 +229,7 @@ def test_a_folder_older_than_a_flag_goes_on_where_the_flag_is_at_its_default(fla
     assert {"sag_mask", "sag_mask_share", "sag_scale"} <= set(manifest["settings"])
     assert manifest["hash"] == settings_hash(manifest["identity"])
     capsys.readouterr()
-    assert "sag_mask was None, is 'square'" in refused(
+    assert "sag_mask was the default, is 'square'" in refused(
         capsys, "image_sample", **flags, out_dir=out_dir, sag_mask="square"
     )
     run("image_sample", **flags, out_dir=out_dir, sag_mask="self-attention")

@@ -94,7 +94,7 @@ def test_samples_of_another_version_are_not_mixed(tmp_path, monkeypatch, capsys)
         before.setattr(OtherGuidanceConfig, "on", False)
         run("image_sample", **flags)
     capsys.readouterr()
-    assert "samples_version was None, is 2" in refused(capsys, "image_sample", **flags)
+    assert "samples_version was the default, is 2" in refused(capsys, "image_sample", **flags)
 
 
 def test_whether_floats_are_tf32_is_set_for_a_run_and_part_of_what_made_it_on_a_gpu(monkeypatch):

@@ -172,7 +172,7 @@ def test_the_pictures_count_and_not_their_names(flags, folder, tmp_path, capsys)
     capsys.readouterr()
     run("image_sample", **flags | {"init_image": copy, "strength": 0.5})
     assert "0 samples" in capsys.readouterr().out
-    assert "strength was None, is 0.75" in refused(capsys, "image_sample", **flags | {"strength": 0.75})
+    assert "strength was the default, is 0.75" in refused(capsys, "image_sample", **flags | {"strength": 0.75})
     (copy / "cc.png").rename(copy / "a.png")
     assert "init_image was" in refused(capsys, "image_sample", **flags | {"init_image": copy})
     (copy / "a.png").unlink()

@@ -130,7 +130,7 @@ def test_other_settings_are_refused_by_name(store):
     other = replace(store, identity={"seed": 3, "sigma": 2.0, "new": True})
     assert other.check() == ""  # there is nothing to lose
     fill(store)
-    with pytest.raises(ValueError, match=r"new was None, is True; sigma was 1.5, is 2.0; .* --overwrite True"):
+    with pytest.raises(ValueError, match=r"new was the default, is True; sigma was 1.5, is 2.0; .* --overwrite True"):
         other.check()
     fill(store)
     other.clear()

@@ -142,7 +142,7 @@ def test_a_stopped_run_goes_on_and_batches_do_not_matter(flags, tmp_path, capsys
     alone = samples(tmp_path / "one")
     assert np.abs(alone[[0, 2]].astype(int) - whole[[0, 2]]).max() <= 1
     assert np.abs(alone[1].astype(int) - whole[1]).max() > 1
-    assert "strength was None, is 0.25" in refused_later(capsys, **flags | {"strength": 0.25})
+    assert "strength was the default, is 0.25" in refused_later(capsys, **flags | {"strength": 0.25})
 
 
 def refused_later(capsys, **flags):

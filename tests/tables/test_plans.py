@@ -270,7 +270,7 @@ def test_a_row_takes_the_settings_of_its_plan_and_wins(tmp_path):
         (GOOD | {"set": ["seed"]}, "set: wanted flags, got ['seed']"),
         (GOOD | {"groups": "main"}, "groups: wanted titles by group, got 'main'"),
         ({key: GOOD[key] for key in ("title", "rows")}, "row one: wanted a config, or missing: why there is none"),
-        (with_row(config="emoij"), f"row one: config: {shipped('emoij.yaml')}: no such configuration; there are adm_"),
+        (with_row(config="emoij"), f"row one: config: {shipped('emoij.yaml')}: no such configuration; did you mean em"),
         (with_row(config=5), "row one: config: wanted a list of names, got 5"),
         (with_row(config=[5]), "row one: config: wanted a list of names, got 5"),
         (with_row(scale=1), "row one: unknown key 'scale'; wanted some of "),
@@ -296,7 +296,7 @@ def test_a_wrong_plan_is_refused_in_one_sentence(tmp_path, plan, said):
 def test_a_plan_that_is_not_there_is_answered_with_those_that_are():
     with pytest.raises(
         ValueError,
-        match=r"table12\.yaml: no such plan; there are baselines, demo, guidances, pag, scales, solvers, table1, ",
+        match=r"table12\.yaml: no such plan; did you mean table.*; there are baselines, demo, guidances, pag, scales, ",
     ):
         read_plan("table12")
 
