@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from guided_diffusion.commands.disturbances import shown  # noqa: E402
+from guided_diffusion.tables.figures import cost  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs" / "models").glob("*.md"))]
 PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,13 +41,17 @@ def rows(head: str, lines: list[list[str]]) -> str:
 
 
 def measured(plan: str, group: str) -> str:
-    """The measured rows of a plan's group, each with its paired difference to the first."""
+    """The measured rows of a plan's group, each with its paired difference to the first.
+
+    Evaluations are the network's, with those of a weak one by their multiply-adds.
+    """
     lines, name = [], "frechet_distance"
     for row in read(f"configs/tables/results/{plan}.json")["rows"]:
         if row["group"] == group and row["metrics"]:
             metrics, away = row["metrics"], (row["difference"] or {}).get("metrics", {}).get(name)
+            evaluations = row["network_evaluations_per_sample"] if cost(row) is None else cost(row)
             lines.append([
-                row["label"], f"{row['network_evaluations_per_sample']:g}", number(metrics[name], ".2f"),
+                row["label"], f"{evaluations:.3g}", number(metrics[name], ".2f"),
                 number(away, "+.2f") if away else "–", f"{away['errors']:+.1f}" if away else "–",
                 number(metrics["precision"]), number(metrics["recall"]),
             ])  # fmt: skip
@@ -103,7 +108,7 @@ GPU, SAMPLES = 100e12, 50_000
 """Floating-point operations that the estimate lets a GPU do in a second, two for a multiply-add; samples of a row."""
 
 
-def cost() -> str:
+def passes() -> str:
     """What a pass takes, and the hours of a row as it is configured, without and with its guidance."""
     lines = []
     for name, found in read("docs/cost.json").items():
@@ -151,12 +156,17 @@ def toy() -> str:
     return rows("guidance | passes | outside | moved | distance", lines)
 
 
-DEMO = ("main", "judged", "classes", "scale", "mask", "block", "when")
+GROUPS = {
+    "demo": ("main", "judged", "classes", "scale", "mask", "block", "when"),
+    "guidances": ("main", "classes", "transforms"),
+    "guidances_judged": ("25", "100"),
+}
+"""The groups of plans that pages show."""
 
 TABLES: dict[str, Callable[[], str]] = {
     "benchmark": benchmark, "attention": attention, "disturbances": disturbances,
-    "calibration": calibration, "cost": cost, "precision": precision, "toy": toy,
-    **{f"demo-{group}": partial(measured, "demo", group) for group in DEMO},
+    "calibration": calibration, "cost": passes, "precision": precision, "toy": toy,
+    **{f"{plan}-{group}": partial(measured, plan, group) for plan, groups in GROUPS.items() for group in groups},
 }  # fmt: skip
 
 
