@@ -40,23 +40,33 @@ def rows(head: str, lines: list[list[str]]) -> str:
     return "\n".join([f"| {head} |", "|" + "---|" * columns, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def measured(plan: str, group: str) -> str:
+def measured(plan: str, group: str, beside: str = "") -> str:
     """The measured rows of a plan's group, each with its paired difference to the first.
 
-    Evaluations are the network's, with those of a weak one by their multiply-adds.
+    Evaluations are the network's, with those of a weak one by their multiply-adds. beside: a group of the same runs, whose
+    first is another, for one more column of differences.
     """
+    found = [row for row in read(f"configs/tables/results/{plan}.json")["rows"] if row["metrics"]]
+    others = {row["same_as"]: row for row in found if beside and row["group"] == beside}
     lines, name = [], "frechet_distance"
-    for row in read(f"configs/tables/results/{plan}.json")["rows"]:
-        if row["group"] == group and row["metrics"]:
-            metrics, away = row["metrics"], (row["difference"] or {}).get("metrics", {}).get(name)
+
+    def away(row: dict[str, Any]) -> dict[str, Any]:
+        return (row["difference"] or {}).get("metrics", {}).get(name)
+
+    for row in found:
+        if row["group"] == group:
+            metrics, minus = row["metrics"], away(row)
             evaluations = row["network_evaluations_per_sample"] if cost(row) is None else cost(row)
+            other = others.get(row["name"]) and away(others[row["name"]])
             lines.append([
                 row["label"], f"{evaluations:.3g}", number(metrics[name], ".2f"),
-                number(away, "+.2f") if away else "–", f"{away['errors']:+.1f}" if away else "–",
+                number(minus, "+.2f") if minus else "–", f"{minus['errors']:+.1f}" if minus else "–",
+                *([number(other, "+.2f") if other else "–"] if beside else []),
                 number(metrics["precision"]), number(metrics["recall"]),
             ])  # fmt: skip
     head = "row | evaluations | Fréchet distance | minus the first row, ± paired error | in standard errors"
-    return rows(f"{head} | precision | recall", lines)
+    first = next(row["label"] for row in others.values()) if beside else ""
+    return rows(f"{head}{f' | minus {first}' if beside else ''} | precision | recall", lines)
 
 
 PAPER = {(8, "1"): ".16 → .23", (8, "1.3"): ".09 → .14", (16, "1"): ".18 → .25", (16, "1.3"): ".05 → .11"}
@@ -158,7 +168,7 @@ def toy() -> str:
 
 GROUPS = {
     "demo": ("main", "judged", "classes", "scale", "mask", "block", "when"),
-    "guidances": ("main", "classes", "transforms"),
+    "guidances": ("classes", "transforms"),
     "guidances_judged": ("25", "100"),
 }
 """The groups of plans that pages show."""
@@ -166,6 +176,7 @@ GROUPS = {
 TABLES: dict[str, Callable[[], str]] = {
     "benchmark": benchmark, "attention": attention, "disturbances": disturbances,
     "calibration": calibration, "cost": passes, "precision": precision, "toy": toy,
+    "guidances-main": partial(measured, "guidances", "main", beside="steps"),
     **{f"{plan}-{group}": partial(measured, plan, group) for plan, groups in GROUPS.items() for group in groups},
 }  # fmt: skip
 
