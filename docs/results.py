@@ -43,8 +43,8 @@ def rows(head: str, lines: list[list[str]]) -> str:
 def measured(plan: str, group: str, beside: str = "") -> str:
     """The measured rows of a plan's group, each with its paired difference to the first.
 
-    Evaluations are the network's, with those of a weak one by their multiply-adds. beside: a group of the same runs, whose
-    first is another, for one more column of differences.
+    Evaluations are the network's, with those of a weak one by their multiply-adds. beside: a group of the same runs
+    with another first, for one more column of differences.
     """
     found = [row for row in read(f"configs/tables/results/{plan}.json")["rows"] if row["metrics"]]
     others = {row["same_as"]: row for row in found if beside and row["group"] == beside}
