@@ -40,14 +40,14 @@ def rows(head: str, lines: list[list[str]]) -> str:
     return "\n".join([f"| {head} |", "|" + "---|" * columns, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def measured(plan: str, group: str, beside: str = "") -> str:
+def measured(plan: str, group: str, steps: str = "") -> str:
     """The measured rows of a plan's group, each with its paired difference to the first.
 
-    Evaluations are the network's, with those of a weak one by their multiply-adds. beside: a group of the same runs
-    with another first, for one more column of differences.
+    Evaluations are the network's, with those of a weak one by their multiply-adds. steps: how the groups begin in which
+    these runs stand beside an unguided one of as many steps, for a column of those differences.
     """
     found = [row for row in read(f"configs/tables/results/{plan}.json")["rows"] if row["metrics"]]
-    others = {row["same_as"]: row for row in found if beside and row["group"] == beside}
+    beside = {row["same_as"]: row for row in found if steps and row["group"].startswith(steps)}
     lines, name = [], "frechet_distance"
 
     def away(row: dict[str, Any]) -> dict[str, Any]:
@@ -57,16 +57,15 @@ def measured(plan: str, group: str, beside: str = "") -> str:
         if row["group"] == group:
             metrics, minus = row["metrics"], away(row)
             evaluations = row["network_evaluations_per_sample"] if cost(row) is None else cost(row)
-            other = others.get(row["name"]) and away(others[row["name"]])
+            other = away(beside.get(row["name"], row))
             lines.append([
                 row["label"], f"{evaluations:.3g}", number(metrics[name], ".2f"),
                 number(minus, "+.2f") if minus else "–", f"{minus['errors']:+.1f}" if minus else "–",
-                *([number(other, "+.2f") if other else "–"] if beside else []),
+                *([number(other, "+.2f") if other else "–"] if steps else []),
                 number(metrics["precision"]), number(metrics["recall"]),
             ])  # fmt: skip
     head = "row | evaluations | Fréchet distance | minus the first row, ± paired error | in standard errors"
-    first = next(row["label"] for row in others.values()) if beside else ""
-    return rows(f"{head}{f' | minus {first}' if beside else ''} | precision | recall", lines)
+    return rows(f"{head}{' | minus as many unguided steps' if steps else ''} | precision | recall", lines)
 
 
 PAPER = {(8, "1"): ".16 → .23", (8, "1.3"): ".09 → .14", (16, "1"): ".18 → .25", (16, "1.3"): ".05 → .11"}
@@ -176,7 +175,7 @@ GROUPS = {
 TABLES: dict[str, Callable[[], str]] = {
     "benchmark": benchmark, "attention": attention, "disturbances": disturbances,
     "calibration": calibration, "cost": passes, "precision": precision, "toy": toy,
-    "guidances-main": partial(measured, "guidances", "main", beside="steps"),
+    "guidances-main": partial(measured, "guidances", "main", steps="steps_"),
     **{f"{plan}-{group}": partial(measured, plan, group) for plan, groups in GROUPS.items() for group in groups},
 }  # fmt: skip
 

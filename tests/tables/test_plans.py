@@ -158,7 +158,7 @@ def test_rows_of_perturbed_attention_are_its_authors_settings():
 def test_rows_that_say_unguided_are_unguided():
     off = ("s = 0", "with classes", "no SAG", "no guidance")
     rows = [row for _, row in RUNS if row.label in off or row.label.startswith("unguided")]
-    assert len(rows) == 32
+    assert len(rows) == 36
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 
