@@ -23,7 +23,7 @@ from guided_diffusion.tables.forecast import forecast
 from guided_diffusion.tables.plans import METRICS, TABLES, read_plan
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published.json").read_text())
-OURS = ("demo", "guidances", "solvers")  # of the embedded model
+OURS = ("demo", "guidances", "guidances_judged", "solvers")  # of the embedded model
 PLANS = {name: read_plan(name) for name in [*PUBLISHED, *OURS, "pag"]}
 RUNS = [(name, row) for name, plan in PLANS.items() for row in plan.rows if not row.missing]
 each_run = pytest.mark.parametrize(("plan", "row"), RUNS, ids=lambda part: getattr(part, "name", part))
@@ -158,7 +158,7 @@ def test_rows_of_perturbed_attention_are_its_authors_settings():
 def test_rows_that_say_unguided_are_unguided():
     off = ("s = 0", "with classes", "no SAG", "no guidance")
     rows = [row for _, row in RUNS if row.label in off or row.label.startswith("unguided")]
-    assert len(rows) == 36
+    assert len(rows) == 38
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 
@@ -218,6 +218,20 @@ def test_solvers_are_compared_at_the_network_evaluations_that_their_group_names(
             assert row.label.endswith(f", {found}")
         else:
             assert PLANS["solvers"].groups[row.group].endswith(f", {found} evaluations")
+
+
+def test_guidances_are_compared_at_equal_cost():
+    groups = {"main": 50, "classes": 50, "transforms": 50, "24": 24, "100": 100}
+    for row in (row for plan in ("guidances", "guidances_judged") for row in PLANS[plan].rows if row.group in groups):
+        settings = settings_of(row)
+        steps = build_diffusion(settings.diffusion).process.num_timesteps
+        found = evaluations(guidances(settings), build_diffusion(settings.diffusion).process)
+        if "weak_model_path" in row.all_settings:  # a pass of it has a quarter of the multiply-adds
+            found += steps / 4
+        if row.label in ("unguided, 25 steps", "unguided, 33 steps", "unguided, 40 steps"):
+            assert row.label == f"unguided, {found} steps"
+        else:
+            assert abs(found - groups[row.group]) < 1.1
 
 
 def test_a_dry_run_counts_the_passes_of_a_weak_network_by_themselves(tmp_path):
