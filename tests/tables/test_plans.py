@@ -310,7 +310,7 @@ def test_a_wrong_plan_is_refused_in_one_sentence(tmp_path, plan, said):
 def test_a_plan_that_is_not_there_is_answered_with_those_that_are():
     with pytest.raises(
         ValueError,
-        match=r"table12\.yaml: no such plan; did you mean table.*; there are baselines, demo, guidances, guidances_judged, ",
+        match=r"table12\.yaml: no such plan; did you mean table.*; there are baselines, demo, guidances, ",
     ):
         read_plan("table12")
 
