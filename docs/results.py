@@ -167,7 +167,7 @@ def toy() -> str:
 
 GROUPS = {
     "demo": ("main", "judged", "classes", "scale", "mask", "block", "when"),
-    "guidances": ("classes", "transforms"),
+    "guidances": ("ode", "classes", "transforms"),
     "guidances_judged": ("24", "100"),
 }
 """The groups of plans that pages show."""

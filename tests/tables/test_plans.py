@@ -158,7 +158,7 @@ def test_rows_of_perturbed_attention_are_its_authors_settings():
 def test_rows_that_say_unguided_are_unguided():
     off = ("s = 0", "with classes", "no SAG", "no guidance")
     rows = [row for _, row in RUNS if row.label in off or row.label.startswith("unguided")]
-    assert len(rows) == 38
+    assert len(rows) == 39
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 
@@ -221,7 +221,7 @@ def test_solvers_are_compared_at_the_network_evaluations_that_their_group_names(
 
 
 def test_guidances_are_compared_at_equal_cost():
-    groups = {"main": 50, "classes": 50, "transforms": 50, "24": 24, "100": 100}
+    groups = {"main": 50, "ode": 50, "classes": 50, "transforms": 50, "24": 24, "100": 100}
     for row in (row for plan in ("guidances", "guidances_judged") for row in PLANS[plan].rows if row.group in groups):
         settings = settings_of(row)
         steps = build_diffusion(settings.diffusion).process.num_timesteps
