@@ -50,12 +50,13 @@ def run_rows(
 ) -> int:
     """Run and measure rows of a plan that can be run, by all ranks together, and write the results after each.
 
-    Returns how many were measured, on rank 0.
+    Returns how many were measured, on rank 0. A row that shows another's run asks for that one.
 
     changes: settings of every row, instead of the plan's. inception: weights of the evaluator's network.
     """
     judge = Judge(plan, folder, inception, ranks)
-    own = [row for row in rows if not row.missing and not row.same_as]
+    runs = {row.run for row in rows}
+    own = [row for row in plan.rows if row.name in runs and not row.missing]
     count = 0
     for number, row in enumerate(own, 1):
         if ranks.rank == 0:

@@ -93,6 +93,12 @@ def test_every_row_is_measured_or_says_why_not(ran):
     assert "frechet_distance" in rows["by_class"]["common"]
 
 
+def test_a_row_that_shows_anothers_run_asks_for_that_run(ran, tmp_path):
+    shutil.copytree(ran[0] / "on", tmp_path / "on")
+    run("reproduce", ran[1], rows="again", out_dir=tmp_path)
+    assert {name for name, row in rows_of(tmp_path).items() if row["metrics"]} == {"on", "again"}
+
+
 def test_a_second_run_goes_on_and_keeps_what_is_there(ran, capsys, tmp_path):
     folder, path = tmp_path / "out", ran[1]
     shutil.copytree(ran[0], folder)
