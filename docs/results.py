@@ -40,32 +40,32 @@ def rows(head: str, lines: list[list[str]]) -> str:
     return "\n".join([f"| {head} |", "|" + "---|" * columns, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def measured(plan: str, group: str, steps: str = "") -> str:
+def measured(plan: str, group: str) -> str:
     """The measured rows of a plan's group, each with its paired difference to the first.
 
-    Evaluations are the network's, with those of a weak one by their multiply-adds. steps: how the groups begin in which
-    these runs stand beside an unguided one of as many steps, for a column of those differences.
+    Evaluations are the network's, with those of a weak one by their multiply-adds. Where rows stand again in a group
+    called steps_N, whose first row is unguided with as many steps, the difference to that one is a column.
     """
     found = [row for row in read(f"configs/tables/results/{plan}.json")["rows"] if row["metrics"]]
-    beside = {row["same_as"]: row for row in found if steps and row["group"].startswith(steps)}
-    lines, name = [], "frechet_distance"
+    asked = [row for row in found if row["group"] == group]
+    steps = {row["same_as"]: row for row in found if row["group"].startswith("steps_")}
+    beside = any(row["name"] in steps for row in asked)
 
-    def away(row: dict[str, Any]) -> dict[str, Any]:
-        return (row["difference"] or {}).get("metrics", {}).get(name)
+    def away(row: dict[str, Any] | None) -> list[str]:
+        minus = ((row or {}).get("difference") or {}).get("metrics", {}).get("frechet_distance")
+        return [number(minus, "+.2f"), f"{minus['errors']:+.1f}"] if minus else ["–", "–"]
 
-    for row in found:
-        if row["group"] == group:
-            metrics, minus = row["metrics"], away(row)
-            evaluations = row["network_evaluations_per_sample"] if cost(row) is None else cost(row)
-            other = away(beside.get(row["name"], row))
-            lines.append([
-                row["label"], f"{evaluations:.3g}", number(metrics[name], ".2f"),
-                number(minus, "+.2f") if minus else "–", f"{minus['errors']:+.1f}" if minus else "–",
-                *([number(other, "+.2f") if other else "–"] if steps else []),
-                number(metrics["precision"]), number(metrics["recall"]),
-            ])  # fmt: skip
+    lines = [
+        [
+            row["label"], f"{row['network_evaluations_per_sample'] if cost(row) is None else cost(row):.3g}",
+            number(row["metrics"]["frechet_distance"], ".2f"), *away(row),
+            *(away(steps.get(row["name"]))[:1] if beside else []),
+            *(number(row["metrics"][name]) for name in ("precision", "recall")),
+        ]
+        for row in asked
+    ]  # fmt: skip
     head = "row | evaluations | Fréchet distance | minus the first row, ± paired error | in standard errors"
-    return rows(f"{head}{' | minus as many unguided steps' if steps else ''} | precision | recall", lines)
+    return rows(f"{head}{' | minus as many unguided steps' if beside else ''} | precision | recall", lines)
 
 
 PAPER = {(8, "1"): ".16 → .23", (8, "1.3"): ".09 → .14", (16, "1"): ".18 → .25", (16, "1.3"): ".05 → .11"}
@@ -167,7 +167,7 @@ def toy() -> str:
 
 GROUPS = {
     "demo": ("main", "judged", "classes", "scale", "mask", "block", "when"),
-    "guidances": ("ode", "classes", "transforms"),
+    "guidances": ("main", "ode", "classes", "transforms"),
     "guidances_judged": ("24", "100"),
 }
 """The groups of plans that pages show."""
@@ -175,7 +175,6 @@ GROUPS = {
 TABLES: dict[str, Callable[[], str]] = {
     "benchmark": benchmark, "attention": attention, "disturbances": disturbances,
     "calibration": calibration, "cost": passes, "precision": precision, "toy": toy,
-    "guidances-main": partial(measured, "guidances", "main", steps="steps_"),
     **{f"{plan}-{group}": partial(measured, plan, group) for plan, groups in GROUPS.items() for group in groups},
 }  # fmt: skip
 

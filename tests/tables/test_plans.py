@@ -156,9 +156,9 @@ def test_rows_of_perturbed_attention_are_its_authors_settings():
 
 
 def test_rows_that_say_unguided_are_unguided():
-    off = ("s = 0", "with classes", "no SAG", "no guidance")
-    rows = [row for _, row in RUNS if row.label in off or row.label.startswith("unguided")]
-    assert len(rows) == 39
+    off = ("s = 0", "with classes", "no SAG")
+    rows = [row for _, row in RUNS if row.label in off or row.label.startswith(("unguided", "no guidance"))]
+    assert len(rows) == 45
     for row in rows:
         assert not any(guidance.scale for guidance in guidances(settings_of(row)))
 
@@ -228,8 +228,8 @@ def test_guidances_are_compared_at_equal_cost():
         found = evaluations(guidances(settings), build_diffusion(settings.diffusion).process)
         if "weak_model_path" in row.all_settings:  # a pass of it has a quarter of the multiply-adds
             found += steps / 4
-        if row.label in ("unguided, 25 steps", "unguided, 33 steps", "unguided, 40 steps"):
-            assert row.label == f"unguided, {found} steps"
+        if row.label.endswith(" steps"):  # unguided, and in some groups there for its steps
+            assert row.label.endswith(f", {found} steps")
         else:
             assert abs(found - groups[row.group]) < 1.1
 
