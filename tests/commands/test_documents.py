@@ -66,6 +66,7 @@ SMALL = {
     "inspect_checkpoint": "",
     "calibration": "--draws 2",
     "results": "--check",
+    "figures": "--out_dir .",
 }  # fmt: skip
 """What is added to the commands of a script; of a flag given twice, the last counts."""
 
