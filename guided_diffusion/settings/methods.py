@@ -150,7 +150,7 @@ class MomentumConfig(Method):
 
     prefix = "momentum"  # no field
 
-    momentum_scale: float = option(0.0, "strength: the paper's α; for ddim, dpm++2m, unipc: not where steps draw noise", later=True)
+    momentum_scale: float = option(0.0, "strength: the paper's α; for ddim, dpm++2m, unipc (no noise)", later=True)
     momentum_decay: float = option(0.6, "β of the average; 0 is the step before alone (SG-prev)", later=True)
     momentum_schedule: str = option("", "as sag_schedule, for momentum guidance", later=True)
 
