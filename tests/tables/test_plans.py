@@ -234,6 +234,14 @@ def test_guidances_are_compared_at_equal_cost():
             assert abs(found - groups[row.group]) < 1.1
 
 
+def test_guidances_stand_beside_as_many_unguided_steps():
+    rows = [row for plan in OURS for row in PLANS[plan].rows if row.group.startswith("steps_")]
+    assert len(rows) == 46
+    for row in rows:
+        steps = build_diffusion(settings_of(row).diffusion).process.num_timesteps
+        assert row.group == f"steps_{steps}"
+
+
 def test_a_dry_run_counts_the_passes_of_a_weak_network_by_themselves(tmp_path):
     weak = {"weak_model_path": str(shipped("models", "emoji32_weak.safetensors")), "autoguidance_scale": 1}
     row = {"name": "one", "label": "first", "set": {**weak, "sag_scale": 0, "pag_scale": 1, "num_samples": 4}}
